@@ -1,0 +1,25 @@
+r"""Diffusion priors in variational autoencoders, written as Pyro programs."""
+
+from . import diffusion, infer, nn, priors, schedules
+from .infer import Timestep_ELBO, TraceKL_ELBO
+from .priors import DiffusionPrior, FlowPrior, GaussianPrior, Prior
+from .register import register
+from .vae import VAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "DiffusionPrior",
+    "FlowPrior",
+    "GaussianPrior",
+    "Prior",
+    "Timestep_ELBO",
+    "TraceKL_ELBO",
+    "diffusion",
+    "infer",
+    "nn",
+    "priors",
+    "register",
+    "schedules",
+]

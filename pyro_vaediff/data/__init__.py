@@ -1,0 +1,165 @@
+r"""Data sets: images as `uint8` tensors, in three splits.
+
+An image is an array of `levels` integer values. Nothing here rescales or dequantises it, because
+that is part of the likelihood :math:`p_\theta(x|z_0)`; nothing here augments it, either: `batches`
+draws the paper's horizontal flips anew at every epoch.
+
+=================  =====================  ===========================  ====================
+name               images                 train / validation / test    on disk, under `root`
+=================  =====================  ===========================  ====================
+`digits`           8x8 grey, 17 levels    1197 / 300 / 300             nothing: scikit-learn
+`mnist`            28x28 grey             54,000 / 6,000 / 10,000      `MNIST/raw/`
+`fashion-mnist`    28x28 grey             54,000 / 6,000 / 10,000      `FashionMNIST/raw/`
+`cifar10`          32x32 RGB              45,000 / 5,000 / 10,000      `cifar-10-batches-py/`
+`celeba`           64x64 RGB              162,770 / 19,867 / 19,962    `celeba/`
+`folder`           any                    yours, or 80 / 10 / 10 %     `root` itself
+=================  =====================  ===========================  ====================
+
+The test split is the official one. The validation split is CelebA's own or, elsewhere, a seeded
+tenth of the official train split. CelebA's three splits share no person.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import sources
+from .minibatch import batches
+
+__all__ = ["DATASETS", "ImageData", "batches", "load"]
+
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "celeba", "folder")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    r"""Images in three splits, checked once on construction.
+
+    Arguments:
+        name: The name of the data set.
+        train: The images to train on, `uint8` with shape :math:`(N, C, H, W)` and values in
+            `0 .. levels - 1`.
+        validation: The images that select the best model, like `train`.
+        test: The images that are reported on, like `train`.
+        levels: The number of values that a pixel can take.
+        horizontal_flip: Whether training flips images at random, as the paper does for CIFAR-10.
+
+    Raises:
+        ValueError: If a split is empty, has another dtype or image shape, or a value is out of
+            range.
+    """
+
+    name: str
+    train: Tensor = field(repr=False)
+    validation: Tensor = field(repr=False)
+    test: Tensor = field(repr=False)
+    levels: int = 256
+    horizontal_flip: bool = False
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            images = getattr(self, split)
+            where = f"data set {self.name!r}: {split}"
+            if images.dtype != torch.uint8 or images.ndim != 4:
+                raise ValueError(
+                    f"{where} must be a uint8 tensor (N, C, H, W), "
+                    f"not {images.dtype} {tuple(images.shape)}"
+                )
+            if images.numel() == 0:
+                raise ValueError(f"{where} holds no image")
+            if images.shape[1:] != self.train.shape[1:]:
+                raise ValueError(
+                    f"{where} has images of shape {tuple(images.shape[1:])}, "
+                    f"but train of shape {self.image_shape}"
+                )
+            # Every uint8 is a valid level when there are 256, and scanning CelebA takes seconds.
+            if self.levels < 256 and int(images.max()) >= self.levels:
+                raise ValueError(
+                    f"{where} holds the value {int(images.max())}, "
+                    f"but levels={self.levels} allows 0..{self.levels - 1}"
+                )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        r"""The shape :math:`(C, H, W)` of one image."""
+
+        return tuple(self.train.shape[1:])
+
+
+def load(
+    name: str,
+    root: str | Path = "data",
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    download: bool = True,
+    seed: int = 0,
+    limit: int | None = None,
+) -> ImageData:
+    r"""Loads a data set into memory.
+
+    Resizing follows the paper: the shorter side is resized to `image_size` (bilinear, antialiased)
+    and the centre square is kept.
+
+    With `name="folder"`, `root` is a folder of images, nested to any depth. If it has `train/` and
+    `test/` subfolders (and optionally `val/` or `validation/`), they are the splits; otherwise a
+    seeded permutation of all images is cut 80 / 10 / 10 %. Images are turned upright (EXIF),
+    transparency is composited on white, 16-bit grey is rounded to 8 bits, and the first frame of
+    an animation is taken. Files that do not have the name of an image are ignored; an image that
+    cannot be read is an error.
+
+    Arguments:
+        name: One of `DATASETS`.
+        root: The folder that holds the data sets, or the images themselves for `"folder"`.
+        image_size: The side of the square images, in pixels; by default the data set's own (64 for
+            CelebA). A folder then needs square images of one size.
+        channels: 1 (grey) or 3 (RGB); by default the data set's own. A folder is grey if every
+            pixel that is loaded is.
+        download: Whether to download what is missing from `root`. CelebA also needs the package
+            `gdown` for that.
+        seed: The seed of the permutations that make the splits.
+        limit: Keep only the first `limit` images of each split.
+
+    Returns:
+        The three splits.
+
+    Raises:
+        ValueError: If an argument is out of range, an image is unusable or there are too few.
+        FileNotFoundError: If the data is neither in `root` nor can be downloaded.
+
+    References:
+        | Deep Learning Face Attributes in the Wild (Liu et al., 2015)
+        | https://arxiv.org/abs/1411.7766
+        | Learning Multiple Layers of Features from Tiny Images (Krizhevsky, 2009)
+        | https://www.cs.toronto.edu/~kriz/cifar.html
+
+    Example:
+        >>> data = load("digits")
+        >>> data
+        ImageData(name='digits', levels=17, horizontal_flip=False)
+        >>> data.train.shape
+        torch.Size([1197, 1, 8, 8])
+    """
+
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    for argument, value in (("image_size", image_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{argument} must be at least 1, not {value}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+    root = Path(root).expanduser()
+    options = {"image_size": image_size, "channels": channels, "limit": limit}
+
+    if name == "digits":
+        return ImageData(name, *sources.digits(**options, seed=seed), levels=17)
+    if name == "folder":
+        return ImageData(name, *sources.folder(root, **options, seed=seed))
+    if name == "celeba":
+        return ImageData(name, *sources.celeba(root, **options, download=download))
+    splits = sources.from_torchvision(name, root, **options, download=download, seed=seed)
+    return ImageData(name, *splits, horizontal_flip=name == "cifar10")

@@ -1,0 +1,218 @@
+r"""Where the images come from: each function returns the train, validation and test split."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .files import SUFFIXES, decode_files, find_images, to_array
+
+Splits = tuple[Tensor, Tensor, Tensor]
+
+# The class in torchvision, and what it reads under `root`.
+TORCHVISION = {
+    "mnist": (
+        "MNIST",
+        "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
+    ),
+    "fashion-mnist": (
+        "FashionMNIST",
+        "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
+    ),
+    "cifar10": (
+        "CIFAR10",
+        "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta} "
+        "(the contents of cifar-10-python.tar.gz)",
+    ),
+    "celeba": (
+        "CelebA",
+        "celeba/img_align_celeba/*.jpg (unzipped) and celeba/list_eval_partition.txt",
+    ),
+}
+
+
+def digits(*, image_size: int | None, channels: int | None, limit: int | None, seed: int) -> Splits:
+    r"""The 1797 handwritten digits that scikit-learn carries, 8x8 with values 0..16."""
+
+    if image_size not in (None, 8) or channels not in (None, 1):
+        raise ValueError(
+            "the digits are 8x8 grey images: leave out image_size and channels, "
+            f"not image_size={image_size}, channels={channels}"
+        )
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits().images).to(torch.uint8).unsqueeze(1)
+    train, validation, test = images[_permutation(len(images), seed)].split((1197, 300, 300))
+    return train[:limit], validation[:limit], test[:limit]
+
+
+def from_torchvision(
+    name: str,
+    root: Path,
+    *,
+    image_size: int | None,
+    channels: int | None,
+    limit: int | None,
+    download: bool,
+    seed: int,
+) -> Splits:
+    r"""MNIST, Fashion-MNIST and CIFAR-10; a tenth of the train split is for validation."""
+
+    train = np.asarray(_torchvision(name, root, download=download, train=True).data)
+    test = np.asarray(_torchvision(name, root, download=download, train=False).data)
+    order = _permutation(len(train), seed).numpy()
+    held_out = max(1, len(train) // 10)
+    parts = train[order[held_out:][:limit]], train[order[:held_out][:limit]], test[:limit]
+
+    own = 1 if train.ndim == 3 else 3
+    if image_size in (None, train.shape[1]) and channels in (None, own):
+        parts = (torch.from_numpy(x).reshape(*x.shape[:3], own) for x in parts)
+        return tuple(x.permute(0, 3, 1, 2).contiguous() for x in parts)
+    options = {"image_size": image_size, "channels": channels or own}
+    return tuple(
+        torch.from_numpy(np.stack([to_array(Image.fromarray(x), **options) for x in part]))
+        for part in parts
+    )
+
+
+def celeba(
+    root: Path,
+    *,
+    image_size: int | None,
+    channels: int | None,
+    limit: int | None,
+    download: bool,
+) -> Splits:
+    r"""CelebA's aligned faces in the official partition, which keeps persons apart.
+
+    Of the files that torchvision wants, only the images and the partition are needed. Decoding all
+    202,599 images takes a minute or more, so each split is cached beside them, in a file named
+    after the split, size, channels and count. Delete these files after a change of the images.
+    """
+
+    base = root / "celeba"
+    partition = base / "list_eval_partition.txt"
+    if not (partition.is_file() and (base / "img_align_celeba").is_dir()):
+        _torchvision("celeba", root, download=download)
+
+    names: tuple[list[str], ...] = ([], [], [])
+    for number, line in enumerate(partition.read_text().splitlines(), start=1):
+        match line.split():
+            case [name, ("0" | "1" | "2") as split]:
+                names[int(split)].append(name)
+            case []:
+                continue
+            case _:
+                raise ValueError(f"{partition}, line {number}: expected 'FILE 0|1|2', not {line!r}")
+
+    size, depth = image_size or 64, channels or 3
+    splits = []
+    for split, files in zip(("train", "validation", "test"), names, strict=True):
+        paths = [base / "img_align_celeba" / name for name in files[:limit]]
+        if not paths:
+            raise ValueError(f"{partition} lists no image of the {split} split")
+        cache = base / f"{split}-{size}px-{depth}ch-{len(paths)}.npy"
+        shape = (len(paths), depth, size, size)
+        images = _read_cache(cache, shape)
+        if images is None:
+            label = f"celeba {split}"
+            images = decode_files(paths, image_size=size, channels=depth, description=label)
+            _write_cache(cache, images)
+        splits.append(torch.from_numpy(images))
+    return tuple(splits)
+
+
+def folder(
+    root: Path,
+    *,
+    image_size: int | None,
+    channels: int | None,
+    limit: int | None,
+    seed: int,
+) -> Splits:
+    r"""A folder of images, split by its subfolders or else at random."""
+
+    if not root.is_dir():
+        raise FileNotFoundError(f"root={str(root)!r} is not a folder: give the folder of images")
+    named = [s for s in ("train", "val", "validation", "test") if (root / s).is_dir()]
+    held_out = [s for s in ("val", "validation") if s in named]
+    if len(named) > 1 and (len(held_out) > 1 or not {"train", "test"} <= set(named)):
+        raise ValueError(
+            f"root={str(root)!r} has the subfolders {', '.join(named)}: splits need train and "
+            "test, and at most one of val and validation"
+        )
+
+    # Every split is permuted, so that its first images are not all of the first class.
+    def images_in(*names: str) -> list[Path]:
+        paths = find_images(root.joinpath(*names))
+        return [paths[i] for i in _permutation(len(paths), seed).tolist()]
+
+    if "test" in named and "train" in named:
+        train, test = images_in("train"), images_in("test")
+        cut = 0 if held_out else max(1, len(train) // 10)
+        validation = images_in(*held_out) if held_out else train[:cut]
+        train = train[cut:]
+    else:
+        train = images_in()
+        cut = max(1, len(train) // 10)
+        validation, test, train = train[:cut], train[cut : 2 * cut], train[2 * cut :]
+
+    parts = [part[:limit] for part in (train, validation, test)]
+    if not all(parts):
+        raise ValueError(
+            f"root={str(root)!r} holds {len(train + validation + test)} images, which gives "
+            f"{len(train)} train, {len(validation)} validation and {len(test)} test images; each "
+            f"split needs at least one, so three in all, with a suffix of {' '.join(SUFFIXES)}"
+        )
+    paths = [path for part in parts for path in part]
+    images = decode_files(paths, image_size=image_size, channels=channels)
+    return torch.from_numpy(images).split([len(part) for part in parts])
+
+
+def _permutation(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
+def _torchvision(name: str, root: Path, **options: bool):
+    r"""Opens a data set of torchvision, and says what to do if that fails for whatever reason."""
+
+    import torchvision.datasets
+
+    dataset, layout = TORCHVISION[name]
+    try:
+        return getattr(torchvision.datasets, dataset)(str(root), **options)
+    except Exception as error:
+        fetch = "read or download it" if options["download"] else "read it (download=False)"
+        gdown = ", or pip install gdown to download it" if name == "celeba" else ""
+        raise FileNotFoundError(
+            f"--dataset {name}: could not {fetch} ({type(error).__name__}: {error}); "
+            f"put {layout} under {root.resolve()}{gdown}"
+        ) from error
+
+
+def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    # Mapped, so that a start is instant; copy-on-write, as a tensor must be writable.
+    try:
+        images = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
+
+
+def _write_cache(path: Path, images: np.ndarray) -> None:
+    # The name appears only once the file is whole. A read-only folder costs time, not the run.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            np.save(file, images, allow_pickle=False)
+        os.replace(partial, path)
+    except OSError as error:
+        warnings.warn(f"could not cache the decoded images as {path} ({error})", stacklevel=2)
+    finally:
+        partial.unlink(missing_ok=True)

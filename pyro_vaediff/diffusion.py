@@ -1,0 +1,137 @@
+r"""The Gaussian algebra of the forward diffusion; each function returns a distribution.
+
+The forward chain adds noise to :math:`z_0`,
+
+.. math:: q(z_t | z_{t-1}) = \mathcal{N}(\sqrt{1 - \beta_t} \, z_{t-1}, \beta_t I),
+
+and starts either at a known point :math:`z_0` or at a Gaussian :math:`q(z_0 | x) =
+\mathcal{N}(m, s^2)`, such as an encoder returns. A point is a Gaussian with :math:`s = 0`, so that
+one formula serves both. With :math:`m_t = \sqrt{\bar\alpha_t} \, m` and :math:`v_t =
+\bar\alpha_t s^2 + 1 - \bar\alpha_t`,
+
+.. math::
+    q(z_t | \cdot) & = \mathcal{N}(m_t, v_t) \\
+    q(z_{t-1} | z_t, \cdot) & = \mathcal{N}\left( m_{t-1} + \sqrt{\alpha_t}
+        \frac{v_{t-1}}{v_t} (z_t - m_t), \; \frac{v_{t-1}}{v_t} \beta_t \right)
+
+where the dot stands for :math:`z_0` or for :math:`x`.
+
+Everywhere, a timestep ``t`` is either an integer or an integer tensor with the batch shape of the
+latents, and latents have shape :math:`(*, D)`.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from .schedules import Schedule
+
+__all__ = ["at_time", "gaussian_moments", "q_marginal", "q_reverse", "q_step"]
+
+Start: TypeAlias = "Tensor | dist.TorchDistribution"
+
+
+def at_time(table: Tensor, t: int | Tensor) -> Tensor:
+    r"""Reads a table at time :math:`t`, ready to multiply latents of shape :math:`(*, D)`.
+
+    Arguments:
+        table: A table, with shape :math:`(T + 1,)`.
+        t: The timestep(s), an integer or an integer tensor with shape :math:`(*)`.
+
+    Returns:
+        The entries, with shape :math:`(*, 1)`.
+    """
+    return table[t].unsqueeze(-1)
+
+
+def normal(loc: Tensor, scale: Tensor) -> dist.Independent:
+    return dist.Normal(loc, scale).to_event(1)
+
+
+def gaussian_moments(start: Start) -> tuple[Tensor, Tensor]:
+    r"""Returns the mean :math:`m` and variance :math:`s^2` at which the forward chain starts.
+
+    Arguments:
+        start: A point :math:`z_0`, with shape :math:`(*, D)`, or a distribution
+            :math:`\mathcal{N}(m, s^2)` with diagonal covariance over such points.
+
+    Raises:
+        ValueError: If the distribution is not Gaussian.
+    """
+    if isinstance(start, Tensor):
+        return start, start.new_zeros(())
+    base = start
+    while isinstance(base, torch.distributions.Independent | dist.ExpandedDistribution):
+        base = base.base_dist
+    if not isinstance(base, torch.distributions.Normal):
+        raise ValueError(
+            f"q(z_t | x) is only known in closed form for a diagonal Gaussian encoder, got "
+            f"{type(base).__name__}: condition on z_0 (order 'forward' or 'posterior') instead"
+        )
+    return base.loc, base.scale.square()
+
+
+def q_step(schedule: Schedule, z: Tensor, t: int | Tensor) -> dist.Independent:
+    r"""Returns :math:`q(z_t | z_{t-1})`, equation (9) of the paper.
+
+    Arguments:
+        schedule: The variance schedule.
+        z: The latents :math:`z_{t-1}`, with shape :math:`(*, D)`.
+        t: The timestep(s) :math:`t \geq 1`.
+    """
+    return normal(at_time(schedule.alphas, t).sqrt() * z, at_time(schedule.betas, t).sqrt())
+
+
+def q_marginal(schedule: Schedule, start: Start, t: int | Tensor) -> dist.Independent:
+    r"""Returns :math:`q(z_t | z_0)` or :math:`q(z_t | x) = \mathcal{N}(m_t, v_t)`.
+
+    Arguments:
+        schedule: The variance schedule.
+        start: The point :math:`z_0` or the Gaussian :math:`q(z_0 | x)`.
+        t: The timestep(s) :math:`t \geq 1`.
+
+    Example:
+        >>> schedule = Schedule(torch.tensor([0.36]))
+        >>> q = q_marginal(schedule, torch.tensor([10.0]), t=1)
+        >>> q.mean, q.stddev
+        (tensor([8.0000]), tensor([0.6000]))
+    """
+    m, s2 = gaussian_moments(start)
+    alpha_bar = at_time(schedule.alphas_cumprod, t)
+    v = alpha_bar * s2 + at_time(schedule.one_minus_alphas_cumprod, t)
+    return normal(alpha_bar.sqrt() * m, v.sqrt())
+
+
+def q_reverse(schedule: Schedule, start: Start, z: Tensor, t: int | Tensor) -> dist.Independent:
+    r"""Returns :math:`q(z_{t-1} | z_t, z_0)` or :math:`q(z_{t-1} | z_t, x)`.
+
+    Given :math:`z_0` its variance is :math:`\tilde\beta_t`, and it is a point at :math:`t = 1`,
+    where no density exists.
+
+    Arguments:
+        schedule: The variance schedule.
+        start: The point :math:`z_0` or the Gaussian :math:`q(z_0 | x)`.
+        z: The latents :math:`z_t`, with shape :math:`(*, D)`.
+        t: The timestep(s), :math:`t \geq 2` given a point and :math:`t \geq 1` given a Gaussian.
+    """
+    loc, variance = q_reverse_moments(schedule, start, z, t)
+    return normal(loc, variance.sqrt())
+
+
+def q_reverse_moments(
+    schedule: Schedule, start: Start, z: Tensor, t: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Returns the mean and the variance of :func:`q_reverse`."""
+    m, s2 = gaussian_moments(start)
+    alpha_bar, previous = (at_time(schedule.alphas_cumprod, u) for u in (t, t - 1))
+    one_minus, one_minus_previous = (
+        at_time(schedule.one_minus_alphas_cumprod, u) for u in (t, t - 1)
+    )
+    ratio = (previous * s2 + one_minus_previous) / (alpha_bar * s2 + one_minus)
+    gain = at_time(schedule.alphas, t).sqrt() * ratio
+    loc = previous.sqrt() * m + gain * (z - alpha_bar.sqrt() * m)
+    return loc, ratio * at_time(schedule.betas, t)

@@ -1,0 +1,20 @@
+r"""Estimators of the ELBO, and checks of when they are valid."""
+
+from .proposals import PROPOSALS, Importance, LossAware, Proposal, Timesteps, Uniform
+from .timestep_elbo import Collapse, Timestep_ELBO
+from .trace_kl_elbo import TraceKL_ELBO
+from .weightings import WEIGHTINGS, Weighting
+
+__all__ = [
+    "PROPOSALS",
+    "WEIGHTINGS",
+    "Collapse",
+    "Importance",
+    "LossAware",
+    "Proposal",
+    "Timestep_ELBO",
+    "Timesteps",
+    "TraceKL_ELBO",
+    "Uniform",
+    "Weighting",
+]

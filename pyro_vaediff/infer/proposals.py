@@ -1,0 +1,210 @@
+r"""Proposals :math:`r(t)`: which timesteps an estimator looks at.
+
+A sum over timesteps is estimated without bias from few of them,
+
+.. math:: \sum_t L_t = E_{r(t)}\left[ \frac{L_t}{r(t)} \right],
+
+for any proposal that is positive wherever :math:`L_t` is not zero. Its variance is smallest for
+:math:`r(t) \propto \sqrt{E[L_t^2]}`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Size, Tensor, nn
+
+from ..priors import DiffusionPrior
+
+__all__ = ["PROPOSALS", "Importance", "LossAware", "Proposal", "Timesteps", "Uniform"]
+
+
+class Timesteps(dist.TorchDistribution):
+    r"""A distribution over timesteps, with i.i.d. or low-discrepancy samples.
+
+    Low-discrepancy samples are the quantiles of :math:`(u + j / n) \bmod 1` for a single
+    :math:`u \sim \mathcal{U}(0, 1)` and :math:`j = 0, \dots, n - 1`, in the row-major order of the
+    batch. Each one has the distribution of the others. With batch shape :math:`(k, B)`, the
+    :math:`k` samples of a datum are spread evenly, and the data fill the gaps.
+
+    Arguments:
+        probs: The probabilities of the timesteps, with shape :math:`(n,)`.
+        first: The timestep of the first probability.
+        low_discrepancy: Whether the samples of a batch are spread evenly.
+        batch_shape: The batch shape.
+
+    References:
+        | Variational Diffusion Models (Kingma et al., 2021), Appendix I.1
+        | https://arxiv.org/abs/2107.00630
+
+    Example:
+        >>> timesteps = Timesteps(torch.ones(4) / 4, first=2, low_discrepancy=True)
+        >>> timesteps.expand([8]).sample().sort().values
+        tensor([2, 2, 3, 3, 4, 4, 5, 5])
+    """
+
+    arg_constraints = {"probs": constraints.simplex}  # noqa: RUF012, torch's protocol
+    has_rsample = False
+
+    def __init__(
+        self,
+        probs: Tensor,
+        first: int = 1,
+        low_discrepancy: bool = False,
+        batch_shape: Size = Size(),  # noqa: B008, immutable
+        validate_args: bool | None = None,
+    ):
+        self.probs = probs
+        self.first = first
+        self.low_discrepancy = low_discrepancy
+        super().__init__(Size(batch_shape), Size(), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return constraints.integer_interval(self.first, self.first + len(self.probs) - 1)
+
+    def expand(self, batch_shape: Size, _instance: None = None) -> Timesteps:
+        return Timesteps(
+            self.probs, self.first, self.low_discrepancy, batch_shape, validate_args=False
+        )
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008, immutable
+        shape = Size(sample_shape) + self.batch_shape
+        # In float64, as the probabilities of thousands of timesteps are far below 1e-3.
+        cdf = self.probs.double().cumsum(0)
+        if self.low_discrepancy:
+            u = torch.arange(shape.numel(), dtype=cdf.dtype, device=cdf.device) / shape.numel()
+            u = ((u + torch.rand((), dtype=cdf.dtype, device=cdf.device)) % 1).reshape(shape)
+        else:
+            u = torch.rand(shape, dtype=cdf.dtype, device=cdf.device)
+        index = torch.searchsorted(cdf / cdf[-1], u, right=True)
+        return self.first + index.clamp(max=len(cdf) - 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.probs[value - self.first].log()
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        values = torch.arange(self.first, self.first + len(self.probs), device=self.probs.device)
+        values = values.reshape((-1,) + (1,) * len(self.batch_shape))
+        return values.expand((-1, *self.batch_shape)) if expand else values
+
+
+class Proposal(nn.Module, ABC):
+    r"""A rule that assigns a prior its probabilities :math:`r(t)`."""
+
+    @abstractmethod
+    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
+        r"""Returns :math:`r(t)` for :math:`t` from ``first`` to :math:`T`.
+
+        Arguments:
+            prior: The prior whose chain is estimated.
+            conditioning: What the guide's reverse kernel is conditioned on, ``"z_0"`` or ``"x"``.
+            first: The first timestep of the sum, 1 or 2.
+
+        Returns:
+            The probabilities, with shape :math:`(T + 1 - \mathrm{first},)`.
+        """
+
+    def update(self, t: Tensor, terms: Tensor) -> None:
+        r"""Learns from terms :math:`L_t` at timesteps ``t``, two tensors of the same shape."""
+
+
+class Uniform(Proposal):
+    r"""Every timestep is as likely as any other, as in the paper."""
+
+    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
+        n = prior.num_timesteps + 1 - first
+        return prior.origin.new_full((n,), 1 / n)
+
+
+class Importance(Proposal):
+    r"""Timesteps in proportion to the terms that a standard Gaussian :math:`q(z_0)` would have.
+
+    If the aggregate posterior is :math:`\mathcal{N}(0, I)` and the prior as well, every term is
+    known in closed form, see :meth:`~pyro_vaediff.priors.DiffusionPrior.typical_kl`. Trained
+    models differ from that by a factor that changes slowly with :math:`t`.
+
+    Arguments:
+        scale: The encoder scale :math:`s` that is assumed when conditioning on ``"x"``.
+        uniform: The share of a uniform proposal that is mixed in: no weight exceeds
+            :math:`T / \mathrm{uniform}`.
+    """
+
+    def __init__(self, scale: float = 0.3, uniform: float = 0.1):
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        if not 0 < uniform <= 1:
+            raise ValueError(f"uniform must be in (0, 1], got {uniform}")
+        self.scale = scale
+        self.uniform = uniform
+        self._cache: dict = {}
+
+    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
+        key = (id(prior.kernel), conditioning, first, prior.origin.device, prior.origin.dtype)
+        if key not in self._cache:
+            kl = prior.typical_kl(0.0 if conditioning == "z_0" else self.scale)[first:]
+            probs = (1 - self.uniform) * kl / kl.sum() + self.uniform / len(kl)
+            # The kernel is kept along with its table, so that its id is not given to another one.
+            self._cache = {key: (probs.to(prior.origin), prior.kernel)}
+        return self._cache[key][0]
+
+
+class LossAware(Proposal):
+    r"""Timesteps in proportion to :math:`\sqrt{E[L_t^2]}`, learned from the terms that were seen.
+
+    Arguments:
+        decay: How much of a running mean an observation leaves, per evaluation that saw its
+            timestep. Nichol & Dhariwal keep the last 10 terms per timestep.
+        uniform: The share of a uniform proposal that is mixed in.
+
+    References:
+        | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), eq. (18)
+        | https://arxiv.org/abs/2102.09672
+    """
+
+    squares: Tensor
+
+    def __init__(self, decay: float = 0.9, uniform: float = 0.1):
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        if not 0 < uniform <= 1:
+            raise ValueError(f"uniform must be in (0, 1], got {uniform}")
+        self.decay = decay
+        self.uniform = uniform
+        self.register_buffer("squares", torch.zeros(0))
+
+    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
+        T = prior.num_timesteps
+        if len(self.squares) != T + 1:
+            # Until a timestep is seen, what is known of a standard Gaussian stands in for it.
+            kl = prior.typical_kl(0.0 if conditioning == "z_0" else 0.3)
+            self.squares = (prior.latent_dim * kl).square().to(prior.origin)
+        rms = self.squares.to(prior.origin.device)[first:].sqrt() + torch.finfo().tiny
+        return (1 - self.uniform) * rms / rms.sum() + self.uniform / len(rms)
+
+    @torch.no_grad()
+    def update(self, t: Tensor, terms: Tensor) -> None:
+        t, squares = t.flatten(), terms.detach().flatten().square().to(self.squares.dtype)
+        count = torch.zeros_like(self.squares).index_add(0, t, torch.ones_like(squares))
+        total = torch.zeros_like(self.squares).index_add(0, t, squares)
+        mean = torch.where(count > 0, total / count.clamp(min=1), self.squares)
+        self.squares = torch.lerp(mean, self.squares, self.decay)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        # The table gets its length from the first prior that it sees.
+        self.squares = torch.zeros_like(state_dict.get(prefix + "squares", self.squares))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+PROPOSALS: dict[str, type[Proposal]] = {
+    "uniform": Uniform,
+    "importance": Importance,
+    "loss-aware": LossAware,
+}

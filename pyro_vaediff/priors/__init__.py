@@ -1,0 +1,14 @@
+r"""Priors :math:`p(z_0)`, each a pair of Pyro programs."""
+
+from .base import Prior
+from .diffusion import DiffusionPrior
+from .flow import FlowPrior
+from .gaussian import GaussianPrior
+
+PRIORS: dict[str, type[Prior]] = {
+    "gaussian": GaussianPrior,
+    "flow": FlowPrior,
+    "diffusion": DiffusionPrior,
+}
+
+__all__ = ["PRIORS", "DiffusionPrior", "FlowPrior", "GaussianPrior", "Prior"]

@@ -1,0 +1,75 @@
+r"""The variational autoencoder, as a pair of Pyro programs.
+
+.. math::
+    \text{model:} \quad & z_0 \sim p(z_0), \quad x \sim p_\theta(x | z_0) & (15) \\
+    \text{guide:} \quad & z_0 \sim q_\psi(z_0 | x)
+"""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from .priors import Prior
+from .register import register
+
+__all__ = ["VAE"]
+
+
+class VAE(nn.Module):
+    r"""A variational autoencoder with any prior.
+
+    Arguments:
+        encoder: The network of :math:`q_\psi(z_0 | x)`. It maps images of shape :math:`(B, C, H,
+            W)` to a distribution with batch shape :math:`(B,)` and event shape :math:`(D,)`.
+        decoder: The network of :math:`p_\theta(x | z_0)`. It maps latents of shape :math:`(*, D)`
+            to a distribution with batch shape :math:`(*)` and the images' event shape.
+        prior: The prior :math:`p(z_0)`.
+
+    References:
+        | Diffusion Priors in Variational Autoencoders (Wehenkel & Louppe, 2021)
+        | https://arxiv.org/abs/2106.15671
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.prior = prior
+
+    def model(self, x: Tensor | None = None, num_samples: int = 1) -> Tensor:
+        r"""The generative program :math:`z_T \to \dots \to z_0 \to x`.
+
+        Arguments:
+            x: The observed images, with shape :math:`(B, C, H, W)`, or ``None`` to sample them.
+            num_samples: The number of images :math:`B` to sample, if ``x`` is not given.
+
+        Returns:
+            The images, with shape :math:`(B, C, H, W)`.
+        """
+        register("decoder", self.decoder)
+        with pyro.plate("data", num_samples if x is None else len(x), dim=-1):
+            z_0 = self.prior.model()
+            return pyro.sample("x", self.decoder(z_0), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        r"""The inference program: encoder posterior, then the prior's own guide.
+
+        Arguments:
+            x: The images, with shape :math:`(B, C, H, W)`.
+
+        Returns:
+            The latents :math:`z_0`, with shape :math:`(B, D)`.
+        """
+        register("encoder", self.encoder)
+        with pyro.plate("data", len(x), dim=-1):
+            return self.prior.guide(self.encoder(x))
+
+    def encode(self, x: Tensor) -> dist.TorchDistribution:
+        r"""Returns :math:`q_\psi(z_0 | x)`."""
+        return self.encoder(x)
+
+    def decode(self, z_0: Tensor) -> dist.TorchDistribution:
+        r"""Returns :math:`p_\theta(x | z_0)`."""
+        return self.decoder(z_0)

@@ -1,0 +1,29 @@
+r"""Fixtures and options shared by all tests: ``pytest --device cuda`` runs them on a GPU."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="the device on which the tests run")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _isolated():
+    r"""Seeds the generators, validates every distribution, and empties Pyro's parameter store."""
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    yield
+    pyro.clear_param_store()

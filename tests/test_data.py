@@ -1,0 +1,219 @@
+r"""Data sets are read from the files that these tests write, in the official formats."""
+
+import os
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from image_files import (
+    noise,
+    resized,
+    rows,
+    sizes,
+    splits,
+    write_celeba,
+    write_cifar10,
+    write_mnist,
+)
+from PIL import Image
+
+from pyro_vaediff.data import DATASETS, ImageData, load
+
+# Official data sets
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    data = load("digits")
+    assert sizes(data) == (1197, 300, 300)
+    assert data.levels == 17 and not data.horizontal_flip and data.image_shape == (1, 8, 8)
+    assert rows(*splits(data)) == rows(load_digits().images.astype(np.uint8))
+    assert all(map(torch.equal, splits(data), splits(load("digits"))))
+    assert not torch.equal(data.test, load("digits", seed=1).test)
+    limited = load("digits", image_size=8, channels=1, limit=10)
+    assert all(torch.equal(a, b[:10]) for a, b in zip(splits(limited), splits(data), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"image_size": 16}, {"channels": 3}])
+def test_digits_are_not_converted(options):
+    with pytest.raises(ValueError, match="8x8 grey"):
+        load("digits", **options)
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_mnist(tmp_path, name, folder):
+    train, test = noise(20, 28, 28), noise(6, 28, 28, seed=1)
+    write_mnist(tmp_path, folder, train, test)
+    data = load(name, tmp_path)
+    assert sizes(data) == (18, 2, 6)
+    assert data.image_shape == (1, 28, 28) and data.levels == 256 and not data.horizontal_flip
+    assert rows(data.train, data.validation) == rows(train)
+    assert np.array_equal(data.test[:, 0], test)
+    assert all(map(torch.equal, splits(data), splits(load(name, str(tmp_path)))))
+    assert not torch.equal(data.validation, load(name, tmp_path, seed=1).validation)
+    limited = load(name, tmp_path, limit=3)
+    assert sizes(limited) == (3, 2, 3)
+    assert torch.equal(limited.train, data.train[:3])
+
+
+def test_mnist_converted(tmp_path):
+    test = noise(6, 28, 28, seed=1)
+    write_mnist(tmp_path, "MNIST", noise(20, 28, 28), test)
+    data = load("mnist", tmp_path, image_size=32, channels=3)
+    assert data.image_shape == (3, 32, 32) and sizes(data) == (18, 2, 6)
+    expected = torch.stack([resized(Image.fromarray(x), 32) for x in test])
+    assert torch.equal(data.test, expected.expand(-1, 3, -1, -1))
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    train, test = noise(20, 3, 32, 32), noise(6, 3, 32, 32, seed=1)
+    write_cifar10(tmp_path, train, test, monkeypatch)
+    data = load("cifar10", tmp_path)
+    assert sizes(data) == (18, 2, 6)
+    assert data.image_shape == (3, 32, 32) and data.levels == 256 and data.horizontal_flip
+    assert rows(data.train, data.validation) == rows(train)
+    assert np.array_equal(data.test, test)
+    assert all(images.is_contiguous() for images in splits(data))
+
+
+def test_celeba(tmp_path):
+    images = write_celeba(tmp_path)
+    data = load("celeba", tmp_path, download=False)
+    assert sizes(data) == (6, 4, 2) == tuple(map(len, images))
+    assert data.image_shape == (3, 64, 64) and not data.horizontal_flip
+    for split, originals in zip(splits(data), images, strict=True):
+        assert torch.equal(split, torch.stack([resized(image, 64) for image in originals]))
+
+    other = load("celeba", tmp_path, image_size=32, channels=1, limit=2)
+    assert sizes(other) == (2, 2, 2)
+    assert torch.equal(other.train[1], resized(images[0][1].convert("L"), 32))
+
+
+def test_celeba_cache(tmp_path):
+    write_celeba(tmp_path)
+    first = load("celeba", tmp_path)
+    limited = load("celeba", tmp_path, limit=2)
+    for path in tmp_path.rglob("*.jpg"):
+        path.unlink()
+    second = load("celeba", tmp_path)
+    assert all(map(torch.equal, splits(first), splits(second)))
+    assert torch.equal(load("celeba", tmp_path, limit=2).train, limited.train)
+    second.train[0] = 0  # A mapped file must neither be read-only nor change on disk.
+    assert torch.equal(load("celeba", tmp_path).train, first.train)
+    with pytest.raises(ValueError, match=r"000001\.jpg"):
+        load("celeba", tmp_path, image_size=32)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "half", "pickle", "other shape"])
+def test_celeba_cache_damaged(tmp_path, content):
+    write_celeba(tmp_path)
+    data = load("celeba", tmp_path)
+    cache = tmp_path / "celeba" / "train-64px-3ch-6.npy"
+    if content == "half":
+        cache.write_bytes(cache.read_bytes()[:30000])
+    elif content == "pickle":
+        np.save(cache, np.array([os.getcwd], dtype=object), allow_pickle=True)
+    elif content == "other shape":
+        np.save(cache, np.zeros((6, 3, 32, 32), np.uint8))
+    else:
+        cache.write_bytes(content)
+    assert torch.equal(load("celeba", tmp_path).train, data.train)
+    assert np.array_equal(np.load(cache), data.train)
+
+
+def test_celeba_cache_unwritable(tmp_path, monkeypatch):
+    images = write_celeba(tmp_path)
+
+    def fail(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(UserWarning, match="could not cache.*read-only"):
+        data = load("celeba", tmp_path)
+    assert sizes(data) == tuple(map(len, images))
+    assert [p.name for p in (tmp_path / "celeba").iterdir() if "npy" in p.name] == []
+
+
+def test_celeba_bad_partition(tmp_path):
+    write_celeba(tmp_path)
+    partition = tmp_path / "celeba" / "list_eval_partition.txt"
+    partition.write_text("000001.jpg 0\n000002.jpg 3\n")
+    with pytest.raises(ValueError, match=r"line 2: .*'000002\.jpg 3'"):
+        load("celeba", tmp_path)
+    partition.write_text("000001.jpg 0\n000002.jpg 1\n")
+    with pytest.raises(ValueError, match="no image of the test split"):
+        load("celeba", tmp_path)
+
+
+def test_celeba_is_downloaded_by_torchvision(tmp_path, monkeypatch):
+    def download(root, download):
+        assert download
+        write_celeba(Path(root))
+
+    monkeypatch.setattr(torchvision.datasets, "CelebA", download)
+    assert sizes(load("celeba", tmp_path)) == (6, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "name, dataset, layout",
+    [
+        ("mnist", "MNIST", r"MNIST/raw/.*-ubyte"),
+        ("fashion-mnist", "FashionMNIST", r"FashionMNIST/raw/.*-ubyte"),
+        ("cifar10", "CIFAR10", r"cifar-10-batches-py/.*cifar-10-python\.tar\.gz"),
+        ("celeba", "CelebA", r"celeba/img_align_celeba/.*list_eval_partition\.txt.*gdown"),
+    ],
+)
+def test_download_fails(tmp_path, monkeypatch, name, dataset, layout):
+    def offline(self):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(getattr(torchvision.datasets, dataset), "download", offline)
+    with pytest.raises(FileNotFoundError, match=f"--dataset {name}: .*no route.*{layout}") as error:
+        load(name, tmp_path)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"--dataset .*download=False.*not found.*put"):
+        load(name, tmp_path, download=False)
+
+
+def test_damaged_mnist(tmp_path):
+    write_mnist(tmp_path, "MNIST", noise(20, 28, 28), noise(6, 28, 28))
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FileNotFoundError, match="--dataset mnist: could not read"):
+        load("mnist", tmp_path)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "cifar"}, "'cifar': choose one of " + ", ".join(DATASETS)),
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"image_size": 0}, "image_size must be at least 1, not 0"),
+        ({"channels": 2}, "channels must be 1 .* not 2"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(**{"name": "digits", "root": tmp_path, **options})
+
+
+def test_image_data_is_checked():
+    good = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    assert ImageData("x", good, good, good).image_shape == (1, 8, 8)
+    for bad, message in [
+        (good[:0], "test holds no image"),
+        (good.float(), "test must be a uint8 tensor"),
+        (good[0], "test must be a uint8 tensor"),
+        (good[..., :4], "test has images of shape"),
+        (good + 17, "test holds the value 17, but levels=17"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ImageData("x", good, good, bad, levels=17)
+    assert ImageData("x", good, good, good + 16, levels=17).levels == 17
