@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
+import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from .priors import Prior
@@ -62,6 +64,7 @@ class VAE(nn.Module):
         Returns:
             The latents :math:`z_0`, with shape :math:`(B, D)`.
         """
+        check_images(x)
         register("encoder", self.encoder)
         with pyro.plate("data", len(x), dim=-1):
             return self.prior.guide(self.encoder(x))
@@ -73,3 +76,15 @@ class VAE(nn.Module):
     def decode(self, z_0: Tensor) -> dist.TorchDistribution:
         r"""Returns :math:`p_\theta(x | z_0)`."""
         return self.decoder(z_0)
+
+
+def check_images(x: Tensor) -> None:
+    r"""Raises a ``ValueError`` unless ``x`` is a batch of finite floating-point images."""
+    if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be a non-empty batch of floating-point images, got {x.dtype} of shape "
+            f"{tuple(x.shape)}: likelihood.preprocess converts uint8 images"
+        )
+    # Reading the values waits for the device: like Pyro's own checks, only under validation.
+    if is_validation_enabled() and not torch.isfinite(x).all():
+        raise ValueError("x holds NaN or infinite pixels: remove or repair these images")

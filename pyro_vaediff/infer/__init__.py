@@ -1,6 +1,9 @@
 r"""Estimators of the ELBO, and checks of when they are valid."""
 
+from .checks import check_mean_field
+from .factory import make_elbo
 from .proposals import PROPOSALS, Importance, LossAware, Proposal, Timesteps, Uniform
+from .terms import elbo_terms
 from .timestep_elbo import Collapse, Timestep_ELBO
 from .trace_kl_elbo import TraceKL_ELBO
 from .weightings import WEIGHTINGS, Weighting
@@ -17,4 +20,7 @@ __all__ = [
     "TraceKL_ELBO",
     "Uniform",
     "Weighting",
+    "check_mean_field",
+    "elbo_terms",
+    "make_elbo",
 ]

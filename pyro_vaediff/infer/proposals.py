@@ -67,9 +67,11 @@ class Timesteps(dist.TorchDistribution):
         return constraints.integer_interval(self.first, self.first + len(self.probs) - 1)
 
     def expand(self, batch_shape: Size, _instance: None = None) -> Timesteps:
-        return Timesteps(
+        new = Timesteps(
             self.probs, self.first, self.low_discrepancy, batch_shape, validate_args=False
         )
+        new._validate_args = self._validate_args  # of values; the probabilities have been validated
+        return new
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008, immutable
         shape = Size(sample_shape) + self.batch_shape
@@ -186,7 +188,8 @@ class LossAware(Proposal):
             # Until a timestep is seen, what is known of a standard Gaussian stands in for it.
             kl = prior.typical_kl(0.0 if conditioning == "z_0" else 0.3)
             self.squares = (prior.latent_dim * kl).square().to(prior.origin)
-        rms = self.squares.to(prior.origin.device)[first:].sqrt() + torch.finfo().tiny
+        self.squares = self.squares.to(prior.origin)  # a checkpoint may come from another device
+        rms = self.squares[first:].sqrt() + torch.finfo(self.squares.dtype).tiny
         return (1 - self.uniform) * rms / rms.sum() + self.uniform / len(rms)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..diffusion import at_time, normal, q_marginal, q_reverse, q_reverse_moments
 from ..priors import DiffusionPrior
 from ..register import register
-from .proposals import PROPOSALS, LossAware, Proposal, Timesteps
+from .proposals import PROPOSALS, Proposal, Timesteps
 from .trace_kl_elbo import TraceKL_ELBO
 from .weightings import WEIGHTINGS, Weighting
 
@@ -72,7 +72,6 @@ class Collapse(Messenger):
     def model(self, prior: DiffusionPrior) -> Tensor:
         r"""Interprets ``prior.model()``."""
         register("prior", prior)
-        self.weighting.check(prior, self.conditioning)
         constant = self.weighting.constant(prior, self.conditioning)
         if constant:
             pyro.factor("constant", prior.origin.new_tensor(-constant))
@@ -104,6 +103,7 @@ class Collapse(Messenger):
 
     def timesteps(self, prior: DiffusionPrior) -> Iterator[tuple[str, Tensor]]:
         r"""Yields the timesteps inside of their plate and weight, with a suffix for their sites."""
+        self.weighting.check(prior, self.conditioning)
         first, T = self.weighting.first, prior.num_timesteps
         multiplier = self.weighting.multiplier(prior)
         if first > T:
@@ -219,13 +219,18 @@ class Timestep_ELBO(TraceKL_ELBO):
         )
 
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator:
-        return super()._get_traces(self.collapse(model), self.collapse(guide), args, kwargs)
+        self._seen = []
+        yield from super()._get_traces(self.collapse(model), self.collapse(guide), args, kwargs)
+        # The proposal learns once all particles are done: they share it, and their number of
+        # evaluations is one.
+        if self._seen:
+            self.proposal.update(*(torch.stack(column) for column in zip(*self._seen, strict=True)))
 
     def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
         for name, term in super().site_terms(model_trace, guide_trace):
-            if name == "z_s" and isinstance(self.proposal, LossAware) and torch.is_grad_enabled():
+            if name == "z_s" and self.proposal is not None and torch.is_grad_enabled():
                 kl = term.detach() / guide_trace.nodes[name]["scale"]
-                self.proposal.update(guide_trace.nodes["t"]["value"], kl)
+                self._seen.append((guide_trace.nodes["t"]["value"], kl))
             yield name, term
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ class FeatureStatistics:
 
     @property
     def cov(self) -> Tensor:
-        r"""The unbiased covariance :math:`S / (N - 1)``, with shape :math:``(D, D)`."""
+        r"""The unbiased covariance :math:`S / (N - 1)`, with shape :math:`(D, D)`."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
 
@@ -186,10 +186,10 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     r"""Returns the mean and the unbiased covariance of features, in float64.
 
     Arguments:
-        features: The features of the images, with shape :math:`(N, D)`` and :math:``N \geq 2`.
+        features: The features of the images, with shape :math:`(N, D)` and :math:`N \geq 2`.
 
     Returns:
-        The mean and the covariance, with shapes :math:`(D)`` and :math:``(D, D)`.
+        The mean and the covariance, with shapes :math:`(D)` and :math:`(D, D)`.
 
     Raises:
         ValueError: If there are fewer than 2 images, or if ``features`` is not finite.

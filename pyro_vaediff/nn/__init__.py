@@ -1,8 +1,9 @@
 r"""Networks. Encoders and decoders return distributions."""
 
-from .conv import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
+from .conv import ConvDecoder, ConvEncoder
 from .denoiser import MLPDenoiser, sinusoidal_embedding
 from .mlp import mlp
+from .paper import paper_decoder, paper_encoder
 from .scale import bounded_scale, upcast
 
 __all__ = [

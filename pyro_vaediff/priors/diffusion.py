@@ -153,7 +153,7 @@ class DiffusionPrior(Prior):
                 :math:`(*)`.
         """
         scale = at_time(self.kernel.sigmas, t)
-        net = self.denoiser(z, t)
+        net = self.network(z, t)
         if self.reverse_variance == "learned":
             # log sigma_t^2 starts at log beta_t and stays within twice the width of the interval
             # [log beta_tilde_t, log beta_t] around it: it can neither overflow nor vanish.
@@ -163,6 +163,11 @@ class DiffusionPrior(Prior):
             at_time(self.kernel.skips, t) * z + at_time(self.kernel.gains, t) * net, scale
         )
 
+    def network(self, z: Tensor, t: int | Tensor) -> Tensor:
+        r"""Evaluates the denoiser, in the precision of the latents also under autocast."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.denoiser(z, t)
+
     def denoise(self, z: Tensor, t: int | Tensor) -> Tensor:
         r"""Returns the estimate of :math:`E[z_0 | z_t]` that the reverse mean implies.
 
@@ -170,7 +175,7 @@ class DiffusionPrior(Prior):
             z: The latents :math:`z_t`, with shape :math:`(*, D)`.
             t: The timestep(s) :math:`t \geq 1`.
         """
-        net = self.denoiser(z, t)[..., : self.latent_dim]  # without the variance, if learned
+        net = self.network(z, t)[..., : self.latent_dim]  # without the variance, if learned
         return at_time(self.kernel.z0_skips, t) * z + at_time(self.kernel.z0_gains, t) * net
 
     # What is known without data -------------------------------------------------------------------

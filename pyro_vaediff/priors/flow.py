@@ -66,6 +66,11 @@ class FlowPrior(Prior):
 class AutoregressiveStep(AffineAutoregressive):
     r"""Pyro's affine autoregressive transform, in any dtype and safe to copy."""
 
+    def _call(self, x: Tensor) -> Tensor:
+        # A density needs its full precision also under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            return super()._call(x)
+
     def _inverse(self, y: Tensor) -> Tensor:
         # Pyro's own inverse computes in the default dtype, whatever the dtype of y. The iteration
         # x <- (y - loc(x)) / scale(x) is exact after D steps, in any autoregressive order.

@@ -1,0 +1,247 @@
+r"""Trains, evaluates and shows a variational autoencoder.
+
+    python experiments/run.py --prior diffusion
+
+trains on the 8x8 digits that come with scikit-learn, in a few minutes on two CPU cores. Other data
+are downloaded (``--dataset cifar10``), or a folder of images of your own (``--dataset folder --root
+PATH``). Settings that are not given depend on the data set, and are printed.
+
+The run directory (``--out``) then holds
+
+    config.json             the settings
+    metrics.csv             the terms of the training loss and the validation loss, by epoch
+    checkpoint.pt, best.pt  the state of the run, and the best model by validation
+    results.json            the test results: everything that was printed at the end
+    terms.csv               the negative ELBO of the test images, term by term
+    samples.png             samples of the prior, decoded
+    reconstructions.png     test images and their reconstructions
+    denoising.png           z_T -> z_0, decoded on the way                     (diffusion prior)
+    kl_by_timestep.png      where in time the KL divergence is, also as a .csv (diffusion prior)
+    history.png, terms.png  the losses by epoch, and the terms of the ELBO as a stack
+
+A run that was stopped continues with ``--resume``, as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pyro
+import torch
+
+from pyro_vaediff.build import ModelConfig
+from pyro_vaediff.checkpoint import write_atomically
+from pyro_vaediff.data import DATASETS, load
+from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo
+from pyro_vaediff.metrics import EXTRACTORS, load_extractor
+from pyro_vaediff.priors import PRIORS
+from pyro_vaediff.report import report
+from pyro_vaediff.training import CHECKPOINT, NonFiniteError, TrainConfig, Trainer
+
+# What a setting is if it is not given. The paper's, where it has a say.
+DEFAULTS = {
+    "digits": {"latent_dim": 16, "width": 32, "epochs": 100, "lr": 2e-3, "lr_schedule": "cosine"},
+    "mnist": {"latent_dim": 40, "width": 32, "epochs": 50, "lr": 5e-4, "lr_schedule": "constant"},
+    "cifar10": {
+        "latent_dim": 40,
+        "width": 64,
+        "epochs": 250,
+        "lr": 5e-4,
+        "lr_schedule": "constant",
+    },
+}
+DEFAULTS["fashion-mnist"] = DEFAULTS["mnist"]
+DEFAULTS["celeba"] = DEFAULTS["folder"] = DEFAULTS["cifar10"]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=DATASETS, default="digits")
+    data.add_argument("--root", default="data", help="where the data are, or go (%(default)s)")
+    data.add_argument("--image-size", type=int, help="resize and crop images to this many pixels")
+    data.add_argument("--limit", type=int, help="use at most this many images per split")
+    data.add_argument("--no-download", action="store_true", help="never download data")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--prior", default="diffusion", help=", ".join(PRIORS) + " (%(default)s)")
+    model.add_argument("--latent-dim", type=int, help="latent dimensions D")
+    model.add_argument("--width", type=int, help="channels of the first convolution")
+    model.add_argument("--networks", choices=("default", "paper"), default="default")
+    model.add_argument(
+        "--likelihood",
+        default="gaussian",
+        help="gaussian, gaussian-pixel, gaussian-fixed, bernoulli, discretized-logistic, "
+        "categorical (%(default)s)",
+    )
+    model.add_argument("--num-timesteps", type=int, default=1000, help="T (%(default)s)")
+    model.add_argument("--schedule", default="linear", help="linear, cosine (%(default)s)")
+    model.add_argument("--parameterization", default="eps", help="eps, z0, mu, v (%(default)s)")
+    model.add_argument(
+        "--reverse-variance", default="beta", help="beta, beta_tilde, learned (%(default)s)"
+    )
+
+    elbo = parser.add_argument_group("estimator")
+    elbo.add_argument(
+        "--estimator",
+        default="timestep",
+        help="timestep (from k timesteps per datum), trace (Pyro's Trace_ELBO, all T sites), "
+        "trace-kl (all T sites, closed-form KLs) (%(default)s)",
+    )
+    elbo.add_argument(
+        "--timesteps", default="importance", help=f"all, {', '.join(PROPOSALS)} (%(default)s)"
+    )
+    elbo.add_argument("--k", type=int, default=8, help="timesteps per datum (%(default)s)")
+    elbo.add_argument(
+        "--conditioning", default="z_0", help="what the KLs are given: z_0, x (%(default)s)"
+    )
+    elbo.add_argument("--weighting", default="elbo", help=", ".join(WEIGHTINGS) + " (%(default)s)")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int)
+    training.add_argument("--batch-size", type=int, default=100, help="(%(default)s)")
+    training.add_argument("--lr", type=float, help="learning rate of Adam")
+    training.add_argument("--lr-schedule", choices=("constant", "cosine"))
+    training.add_argument(
+        "--clip-norm",
+        type=float,
+        default=100.0,
+        help="global gradient norm, per datum (%(default)s)",
+    )
+    training.add_argument(
+        "--ema", type=float, default=0.0, help="decay of a weight average, 0: none"
+    )
+    training.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    training.add_argument(
+        "--precision",
+        choices=("float32", "float64", "bf16"),
+        default="float32",
+        help="bf16: autocast of the convolutions (%(default)s)",
+    )
+    training.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    training.add_argument("--out", type=Path, help="run directory (runs/DATASET-PRIOR-sSEED)")
+    training.add_argument("--resume", action="store_true", help="continue the run in --out")
+    training.add_argument("--validate", action="store_true", help="check every distribution (slow)")
+    training.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument(
+        "--features",
+        choices=("auto", "none", *EXTRACTORS),
+        default="auto",
+        help="features of the Fréchet distance. inception is FID; auto is pixels for digits and "
+        "inception otherwise, if its weights can be had",
+    )
+    metrics.add_argument("--fid-weights", type=Path, help="a local file of the Inception weights")
+    metrics.add_argument(
+        "--num-images", type=int, default=10_000, help="images per side, at most (%(default)s)"
+    )
+
+    args = parser.parse_args(argv)
+    for name, value in DEFAULTS[args.dataset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.out is None:
+        args.out = Path("runs") / f"{args.dataset}-{args.prior}-s{args.seed}"
+    return args
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available, use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_extractor(args: argparse.Namespace, device: torch.device):
+    if args.features == "none":
+        return None
+    if args.features != "auto":
+        return load_extractor(args.features, weights=args.fid_weights, device=device)
+    if args.dataset == "digits":
+        return load_extractor("pixels", device=device)
+    try:
+        return load_extractor("inception", weights=args.fid_weights, device=device)
+    except (RuntimeError, OSError) as error:
+        if args.fid_weights is not None:
+            raise
+        print(f"no FID will be computed: {error}")
+        return None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    pyro.enable_validation(args.validate)  # a fifth of the time or more
+    torch.distributions.Distribution.set_default_validate_args(args.validate)
+
+    if not args.resume and (args.out / CHECKPOINT).exists():
+        raise ValueError(
+            f"--out {args.out} holds a run already: continue it with --resume, or choose another"
+        )
+    data = load(
+        args.dataset,
+        args.root,
+        image_size=args.image_size,
+        download=not args.no_download,
+        limit=args.limit,
+    )
+    extractor = choose_extractor(args, device)
+    names = ModelConfig.__dataclass_fields__.keys() & vars(args).keys()
+    model_config = ModelConfig(
+        **{name: getattr(args, name) for name in names},
+        image_shape=data.image_shape,
+        levels=data.levels,
+    )
+    train_config = TrainConfig(
+        **{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__}
+    )
+    options = {
+        name: getattr(args, name) for name in ("timesteps", "k", "conditioning", "weighting")
+    }
+    elbo = make_elbo(args.estimator, **options)
+    trainer = Trainer(model_config, train_config, elbo, data, device, args.out)
+    if args.resume:
+        trainer.resume()
+
+    config = asdict(model_config) | asdict(train_config) | {"estimator": args.estimator} | options
+    config |= {"dataset": args.dataset, "device": str(device), "torch": torch.__version__}
+    text = json.dumps(config, indent=2)
+    write_atomically(args.out / "config.json", lambda file: file.write(text.encode()))
+    counts = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in trainer.vae.named_children()
+    }
+    print(", ".join(f"{name} {value}" for name, value in config.items()))
+    print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+    start = time.perf_counter()
+    vae = trainer.fit(progress=not args.quiet)
+    seconds = time.perf_counter() - start
+    lines = report(
+        vae,
+        data,
+        trainer.history,
+        args.out,
+        extractor,
+        num_images=args.num_images,
+        seed=args.seed,
+        progress=not args.quiet,
+        extra={"training_seconds": seconds, "parameters": counts},
+    )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: continue with --resume")

@@ -1,0 +1,80 @@
+r"""The negative ELBO of a set of images."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.infer
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import batches
+from .infer import Timestep_ELBO
+from .svi import differentiable_terms
+from .vae import VAE
+
+__all__ = ["evaluate", "preprocess"]
+
+
+def preprocess(vae: VAE, images: Tensor, levels: int) -> Tensor:
+    r"""Returns images as the VAE's likelihood sees them, in the dtype of its parameters.
+
+    Arguments:
+        vae: The VAE, whose decoder has a likelihood.
+        images: The images, uint8 with shape :math:`(B, C, H, W)`.
+        levels: The number of values of a pixel.
+    """
+    return vae.decoder.likelihood.preprocess(images, levels).to(next(vae.parameters()).dtype)
+
+
+@torch.no_grad()
+def evaluate(
+    vae: VAE,
+    images: Tensor,
+    levels: int,
+    elbo: pyro.infer.ELBO | None = None,
+    *,
+    batch_size: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, float]:
+    r"""Returns the mean terms of the negative ELBO over images, in nats per datum.
+
+    The random numbers are those of ``seed``, whatever was drawn before, and the state of the
+    global generators is restored.
+
+    Arguments:
+        vae: The VAE. It is evaluated in eval mode, on the device of its parameters.
+        images: The images, uint8 with shape :math:`(N, C, H, W)`.
+        levels: The number of values of a pixel.
+        elbo: The estimator. By default, all timesteps: ``Timestep_ELBO("all")``.
+        batch_size: The number of images that are evaluated at once.
+        seed: The seed of dequantization, latents and timesteps.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The terms by name; their sum is the negative ELBO.
+    """
+    elbo = Timestep_ELBO("all") if elbo is None else elbo
+    device = next(vae.parameters()).device
+    training, totals = vae.training, {}
+    vae.eval()
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            pyro.get_param_store().scope(),
+        ):
+            torch.manual_seed(seed)
+            loader = batches(images, batch_size, shuffle=False, device=device)
+            length = math.ceil(len(images) / batch_size)
+            for batch in tqdm(loader, "evaluation", length, leave=False, disable=not progress):
+                x = preprocess(vae, batch, levels)
+                for name, term in differentiable_terms(elbo, vae.model, vae.guide, x).items():
+                    # Chunks of the sum over timesteps are one term.
+                    name = "z_s" if name.startswith("z_s[") else name
+                    totals[name] = totals.get(name, 0.0) + term.double() / len(images)
+    finally:
+        vae.train(training)
+    return {name: float(term) for name, term in totals.items()}

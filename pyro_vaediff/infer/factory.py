@@ -1,0 +1,25 @@
+r"""Estimators by name."""
+
+from __future__ import annotations
+
+from pyro.infer import ELBO, Trace_ELBO
+
+from .timestep_elbo import Timestep_ELBO
+from .trace_kl_elbo import TraceKL_ELBO
+
+__all__ = ["ESTIMATORS", "make_elbo"]
+
+ESTIMATORS = {"timestep": Timestep_ELBO, "trace": Trace_ELBO, "trace-kl": TraceKL_ELBO}
+
+
+def make_elbo(name: str, **options) -> ELBO:
+    r"""Returns the estimator of that name.
+
+    Arguments:
+        name: ``"timestep"``, ``"trace"`` or ``"trace-kl"``.
+        options: Keyword arguments of :class:`Timestep_ELBO`, which the others, having no timesteps
+            to choose, do without.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {name!r}: choose one of {', '.join(ESTIMATORS)}")
+    return Timestep_ELBO(**options) if name == "timestep" else ESTIMATORS[name]()

@@ -1,0 +1,71 @@
+r"""The negative ELBO per datum and per term."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .timestep_elbo import Timestep_ELBO
+from .trace_kl_elbo import TraceKL_ELBO
+
+__all__ = ["elbo_terms"]
+
+
+def elbo_terms(
+    model: Callable, guide: Callable, *args, elbo: TraceKL_ELBO | None = None, **kwargs
+) -> dict[str, Tensor]:
+    r"""Returns the terms of the negative ELBO, one value per datum, in nats.
+
+    The terms of all data sum to the loss of the estimator, for the same random state. With a VAE
+    and a diffusion prior, given :math:`z_0`, they are
+
+    ============== ======================================================= ==============
+    name           term                                                    shape
+    ============== ======================================================= ==============
+    ``"x"``        :math:`-\log p(x | z_0)`, the reconstruction            :math:`(B,)`
+    ``"-H[z_0]"``  :math:`-\mathrm{H}[q(z_0 | x)]`, the negative entropy   :math:`(B,)`
+    ``"z_T"``      :math:`\mathrm{KL}(q(z_T | z_0) \,\|\, p(z_T))`         :math:`(B,)`
+    ``"z_s"``      the KLs of the steps, :math:`t = 2, \dots, T`           :math:`(T-1, B)`
+    ``"constant"`` the part of these KLs that is a constant                :math:`(B,)`
+    ``"z_0"``      :math:`-\log p(z_0 | z_1)`, the step :math:`t = 1`      :math:`(B,)`
+    ============== ======================================================= ==============
+
+    where the name ``"z_T"`` has the number :math:`T` in it. Given :math:`x`, ``"z_0"`` is a KL as
+    well, and there is neither an entropy nor a constant.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: The arguments of the model and the guide.
+        elbo: The estimator. By default, ``Timestep_ELBO("all")``.
+        kwargs: The keyword arguments of the model and the guide.
+
+    Returns:
+        The terms, averaged over the estimator's particles.
+
+    Raises:
+        ValueError: If the estimator has vectorized particles, or no terms.
+    """
+    elbo = Timestep_ELBO("all") if elbo is None else elbo
+    if not isinstance(elbo, TraceKL_ELBO):
+        raise ValueError(f"elbo must be a TraceKL_ELBO or Timestep_ELBO, got {type(elbo).__name__}")
+    if elbo.vectorize_particles:
+        raise ValueError("elbo must not vectorize its particles: their terms cannot be told apart")
+
+    totals: dict[str, Tensor] = {}
+    for traces in elbo._get_traces(model, guide, args, kwargs):
+        particle = defaultdict(list)
+        for name, term in elbo.site_terms(*traces):
+            particle[chunkless(name)].append(term)
+        for name, chunks in particle.items():
+            term = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+            totals[name] = totals.get(name, 0.0) + term / elbo.num_particles
+    return totals
+
+
+def chunkless(name: str) -> str:
+    r"""Returns ``"z_s"`` for the sites ``"z_s[2:66]"``, ``"z_s[66:130]"``, … of a chunked sum."""
+    return "z_s" if name.startswith("z_s[") else name

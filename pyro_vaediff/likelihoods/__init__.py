@@ -1,0 +1,73 @@
+r"""Likelihoods :math:`p_\theta(x \mid z_0)`, eq. (15): from the decoder's maps to a distribution.
+
+A likelihood fixes three things together, because they only make sense together: which maps the
+decoder has to output, which distribution over images they parameterise, and in which space
+(`x`-space) those images live. `preprocess` takes 8-bit images there, `to_unit` takes them back.
+
+========================  ==================  ===================================================
+likelihood                maps per channel    x-space, for pixel values u = 0 .. levels - 1
+========================  ==================  ===================================================
+Gaussian                  1 (2 if per pixel)  [-1, 1], 2 (u + U[0, 1)) / levels - 1 (a density)
+Bernoulli                 1                   {0, 1}, drawn with probability u / (levels - 1)
+discretized logistic      2                   grid on [-1, 1], 2 u / (levels - 1) - 1
+categorical               levels              grid on [-1, 1], 2 u / (levels - 1) - 1
+========================  ==================  ===================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .base import Likelihood, check_levels, check_range
+from .discrete import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
+from .gaussian import GaussianLikelihood
+
+__all__ = [
+    "BernoulliLikelihood",
+    "CategoricalLikelihood",
+    "DiscretizedLogisticLikelihood",
+    "GaussianLikelihood",
+    "Likelihood",
+    "check_range",
+    "make_likelihood",
+]
+
+
+_LIKELIHOODS: dict[str, Callable[[tuple[int, int, int], int], Likelihood]] = {
+    "gaussian": lambda shape, levels: GaussianLikelihood(shape, "shared"),
+    "gaussian-pixel": lambda shape, levels: GaussianLikelihood(shape, "pixel"),
+    # The 2021 code's likelihood. "N(., 1/2)" is the variance: its floor of
+    # log2(sqrt(2 pi / 2)) + log2(256 / 2) = 7.83 bits/dim is reached with x = mean, while a
+    # standard deviation of 1/2 would have 7.33.
+    "gaussian-fixed": lambda shape, levels: GaussianLikelihood(shape, math.sqrt(0.5)),
+    "bernoulli": lambda shape, levels: BernoulliLikelihood(shape),
+    "discretized-logistic": DiscretizedLogisticLikelihood,
+    "categorical": CategoricalLikelihood,
+}
+
+
+def make_likelihood(name: str, image_shape: tuple[int, int, int], levels: int = 256) -> Likelihood:
+    r"""Makes a likelihood by its name.
+
+    Arguments:
+        name: One of `"gaussian"` (learned shared sigma), `"gaussian-pixel"` (sigma per pixel and
+            channel), `"gaussian-fixed"` (variance 1/2, which cannot go below 7.83 bits/dim at 256
+            levels), `"bernoulli"`, `"discretized-logistic"` and `"categorical"`.
+        image_shape: The shape :math:`(C, H, W)` of one image.
+        levels: The number of levels that a pixel can take, at most 256.
+
+    Returns:
+        The likelihood.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> make_likelihood("categorical", (1, 8, 8), levels=17)
+        CategoricalLikelihood(image_shape=(1, 8, 8), num_maps=17)
+    """
+    if name not in _LIKELIHOODS:
+        raise ValueError(f"name must be one of {', '.join(_LIKELIHOODS)}, got {name!r}")
+    check_levels(levels)
+    return _LIKELIHOODS[name](image_shape, levels)

@@ -1,0 +1,22 @@
+r"""Pictures for people: image grids, denoising strips, and where the nats of the ELBO go.
+
+Images are written pixel by pixel, enlarged without interpolation. Charts have the size of a slide,
+and colors which remain distinct to color-blind readers; lines differ in their dashes as well.
+Files are written atomically, and matplotlib's global state is never touched.
+
+References:
+    | Color Universal Design (Okabe & Ito, 2008)
+    | https://jfly.uni-koeln.de/color/
+"""
+
+from .charts import plot_elbo_terms, plot_history, plot_kl_by_timestep
+from .images import save_image_grid, save_reconstructions, save_strip
+
+__all__ = [
+    "plot_elbo_terms",
+    "plot_history",
+    "plot_kl_by_timestep",
+    "save_image_grid",
+    "save_reconstructions",
+    "save_strip",
+]

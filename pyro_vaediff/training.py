@@ -1,0 +1,334 @@
+r"""Training with Pyro's SVI: minibatches, validation, the best model, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.infer
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from .build import ModelConfig, make_vae
+from .checkpoint import load_checkpoint, save_checkpoint, write_csv
+from .data import ImageData, batches
+from .evaluation import evaluate, preprocess
+from .infer import Timestep_ELBO
+from .svi import SVI, TorchOptim, per_datum
+from .vae import VAE
+
+__all__ = ["NonFiniteError", "TrainConfig", "Trainer", "load_vae"]
+
+CHECKPOINT, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.csv"
+
+
+class NonFiniteError(RuntimeError):
+    r"""A loss or a gradient that is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    r"""The settings of a training run.
+
+    Arguments:
+        epochs: The number of passes over the training images.
+        batch_size: The number of images per step.
+        lr: The learning rate of Adam.
+        lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step).
+        clip_norm: The largest global norm of the gradient of the loss in nats per datum.
+        ema: The decay of an exponential moving average of the weights, which then is what is
+            evaluated and kept; 0 for none.
+        precision: ``"float32"``, ``"float64"``, or ``"bf16"`` for autocast of the convolutions.
+        seed: The seed of everything random.
+    """
+
+    epochs: int = 100
+    batch_size: int = 100
+    lr: float = 5e-4
+    lr_schedule: str = "constant"
+    clip_norm: float | None = 100.0
+    ema: float = 0.0
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        for name, choices in (
+            ("lr_schedule", ("constant", "cosine")),
+            ("precision", ("float32", "float64", "bf16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}"
+                )
+
+
+class Trainer:
+    r"""A training run, from its start or from its last checkpoint.
+
+    Arguments:
+        model_config: What to train.
+        train_config: How to train it.
+        elbo: The estimator to train with.
+        data: The images.
+        device: Where to train.
+        out: The run directory, for ``checkpoint.pt``, ``best.pt`` and ``metrics.csv``; ``None`` to
+            write nothing.
+
+    Raises:
+        ValueError: If a configuration is not valid.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        train_config: TrainConfig,
+        elbo: pyro.infer.ELBO,
+        data: ImageData,
+        device: torch.device | str = "cpu",
+        out: str | Path | None = None,
+    ):
+        torch.manual_seed(train_config.seed)
+        self.model_config, self.config, self.elbo, self.data = (
+            model_config, train_config, elbo, data
+        )  # fmt: skip
+        self.device = torch.device(device)
+        self.out = None if out is None else Path(out)
+        self.dtype = torch.float64 if train_config.precision == "float64" else torch.float32
+        self.vae = make_vae(model_config).to(self.device, self.dtype)
+        self.history: list[dict[str, float]] = []
+
+        self.batch_size = min(train_config.batch_size, len(data.train))
+        self.steps_per_epoch = len(data.train) // self.batch_size
+        optimizer = torch.optim.Adam(self.vae.parameters(), lr=train_config.lr)
+        scheduler = None
+        if train_config.lr_schedule == "cosine":
+            steps = train_config.epochs * self.steps_per_epoch
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        self.optim = TorchOptim(optimizer, train_config.clip_norm, scheduler)
+        self.svi = SVI(per_datum(self.vae.model), per_datum(self.vae.guide), self.optim, elbo)
+        self.average = None
+        if train_config.ema:
+            average = get_ema_multi_avg_fn(train_config.ema)
+            self.average = AveragedModel(self.vae, multi_avg_fn=average, use_buffers=True)
+
+    # Training -------------------------------------------------------------------------------------
+
+    def fit(self, progress: bool = True) -> VAE:
+        r"""Trains until the last epoch and returns the best model, in eval mode.
+
+        Each epoch ends with the negative ELBO of the validation images, which decides which model
+        is the best, and with a checkpoint.
+
+        Arguments:
+            progress: Whether to show a progress bar.
+
+        Raises:
+            NonFiniteError: If the loss or its gradient is NaN or infinite.
+        """
+        total, done = self.config.epochs, len(self.history)
+        bar = tqdm(
+            total=total * self.steps_per_epoch,
+            initial=done * self.steps_per_epoch,
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+        )
+        # Parameters are registered in a store of this run's own, not in Pyro's global one.
+        with bar, pyro.get_param_store().scope():
+            for epoch in range(done + 1, total + 1):
+                bar.set_description(f"epoch {epoch}/{total}")
+                record = {"epoch": epoch} | self.train_epoch(bar)
+                record["validation"] = self.validate()
+                if not math.isfinite(record["validation"]):
+                    raise NonFiniteError(
+                        f"the validation loss is {record['validation']} after epoch {epoch}"
+                        f"{self.whereabouts()}"
+                    )
+                self.history.append(record)
+                self.save()
+        return self.best_model()
+
+    def train_epoch(self, bar: tqdm) -> dict[str, float]:
+        r"""Trains for an epoch and returns the mean of each term of the loss."""
+        self.vae.train()
+        bf16 = self.config.precision == "bf16"
+        # Reading a value waits for a GPU, hence only now and then.
+        check_every = 1 if self.device.type == "cpu" else 20
+        total, loader = None, batches(
+            self.data.train,
+            self.batch_size,
+            shuffle=True,
+            device=self.device,
+            drop_last=True,
+            flip=self.data.horizontal_flip,
+        )  # fmt: skip
+        for step, batch in enumerate(loader, start=1):
+            x = preprocess(self.vae, batch, self.data.levels)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                terms = self.svi.step(x)
+            if self.average is not None:
+                self.average.update_parameters(self.vae)
+            values = torch.stack([*terms.values(), self.optim.grad_norm])
+            # A sum remembers that one of its terms was not finite.
+            total = values if total is None else total + values
+            if step % check_every == 0 or step == self.steps_per_epoch:
+                self.check_finite(terms, total.tolist(), step)
+                bar.set_postfix_str(describe(terms), refresh=False)
+            bar.update()
+        means = (total / self.steps_per_epoch).tolist()
+        record = {"train": sum(means[:-1]), "grad_norm": means[-1]}
+        return record | {f"train {name}": mean for name, mean in zip(terms, means, strict=False)}
+
+    def check_finite(self, terms: dict[str, Tensor], total: list[float], step: int) -> None:
+        r"""Raises a :class:`NonFiniteError` that names the terms which are not finite."""
+        names = [*terms, "the norm of the gradient"]
+        broken = [
+            name for name, value in zip(names, total, strict=True) if not math.isfinite(value)
+        ]
+        if broken:
+            step += len(self.history) * self.steps_per_epoch
+            values = ", ".join(f"{name} = {total[names.index(name)]}" for name in broken)
+            raise NonFiniteError(
+                f"step {step} (epoch {len(self.history) + 1}) is not finite: {values}"
+                f"{self.whereabouts()}; try a smaller lr or clip_norm"
+            )
+
+    def whereabouts(self) -> str:
+        if self.out is None or not self.history:
+            return "; no checkpoint was written yet"
+        return f"; the last good checkpoint is {self.out / CHECKPOINT} (epoch {len(self.history)})"
+
+    def validate(self) -> float:
+        r"""Returns the negative ELBO of the validation images, in nats per datum.
+
+        The bound is estimated from 32 timesteps per datum with the same random numbers in every
+        epoch, such that models are compared and not their noise.
+        """
+        model = self.vae if self.average is None else self.average.module
+        elbo = Timestep_ELBO("importance", k=32)
+        batch_size = max(self.batch_size, 100)
+        terms = evaluate(model, self.data.validation, self.data.levels, elbo, batch_size=batch_size)
+        return sum(terms.values())
+
+    # Checkpoints ----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        r"""Writes the metrics, the model if it is the best one, and the checkpoint, in this order.
+
+        A run that is killed in between repeats its last epoch, to the same result.
+        """
+        if self.best_epoch() == len(self.history):
+            model = self.vae if self.average is None else self.average.module
+            self._best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        if self.out is None:
+            return
+        write_csv(self.out / METRICS, self.history)
+        if self.best_epoch() == len(self.history):
+            save_checkpoint(self.out / BEST, self.describe() | {"vae": self._best})
+        save_checkpoint(self.out / CHECKPOINT, self.describe() | self.state_dict())
+
+    def best_epoch(self) -> int:
+        r"""The epoch with the lowest validation loss, counted from 1."""
+        losses = [record["validation"] for record in self.history]
+        return 1 + losses.index(min(losses))
+
+    def best_model(self) -> VAE:
+        r"""Returns a copy of the best model so far, in eval mode."""
+        vae = make_vae(self.model_config).to(self.device, self.dtype)
+        vae.load_state_dict(self._best)
+        return vae.eval()
+
+    def describe(self) -> dict[str, Any]:
+        model = asdict(self.model_config) | {"image_shape": list(self.model_config.image_shape)}
+        return {
+            "model_config": model,
+            "train_config": asdict(self.config),
+            "history": self.history,
+            "best_epoch": self.best_epoch(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        r"""Returns everything that the rest of the run depends on."""
+        state: dict[str, Any] = {
+            "vae": self.vae.state_dict(),
+            "best": self._best,
+            "optim": self.optim.get_state(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        if isinstance(self.elbo, Timestep_ELBO):
+            state["elbo"] = self.elbo.state_dict()
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def resume(self) -> None:
+        r"""Continues from the checkpoint in the run directory, as if the run had never stopped.
+
+        Raises:
+            FileNotFoundError: If there is no checkpoint.
+            ValueError: If the checkpoint is broken, or of a run with other settings.
+        """
+        if self.out is None:
+            raise ValueError("out must be a run directory to resume from, got None")
+        state = load_checkpoint(self.out / CHECKPOINT)
+        saved = state["model_config"] | state["train_config"]
+        mine = asdict(self.model_config) | asdict(self.config)
+        for name, value in mine.items():
+            value = list(value) if isinstance(value, tuple) else value
+            # More epochs continue a run, unless its learning rate depends on how many there are.
+            if name == "epochs" and self.config.lr_schedule == "constant":
+                continue
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"cannot resume {self.out / CHECKPOINT} with {name}={value!r}: the run was "
+                    f"started with {saved.get(name)!r}"
+                )
+        self.vae.load_state_dict(state["vae"])
+        self.optim.set_state(state["optim"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if isinstance(self.elbo, Timestep_ELBO):
+            self.elbo.load_state_dict(state.get("elbo", {}))
+        self.history, self._best = state["history"], state["best"]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, ModelConfig]:
+    r"""Loads a trained VAE.
+
+    Arguments:
+        path: A run directory, whose best model is loaded, or a checkpoint in one.
+        device: Where the VAE goes.
+
+    Returns:
+        The VAE in eval mode, and its configuration.
+    """
+    path = Path(path)
+    state = load_checkpoint(path / BEST if path.is_dir() else path)
+    config = ModelConfig(**state["model_config"])
+    precision = state["train_config"]["precision"]
+    vae = make_vae(config).to(device, torch.float64 if precision == "float64" else torch.float32)
+    vae.load_state_dict(state["vae"])
+    return vae.eval(), config
+
+
+def describe(terms: dict[str, Tensor]) -> str:
+    r"""Returns the terms of a loss on one line, their sum first."""
+    values = {"-ELBO": sum(terms.values())} | (terms if len(terms) > 1 else {})
+    return ", ".join(f"{name} {float(value):.1f}" for name, value in values.items())
