@@ -34,6 +34,8 @@ exclude_patterns = ["_build", "jupyter_execute"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and that they lack widgets
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 

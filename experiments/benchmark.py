@@ -11,8 +11,8 @@ times whole training steps (loss, gradient, clipping, Adam) and prints the ratio
 
 each with the configurations
 
-    cifar10    3 x 32 x 32, batch 100, 100 latents, width 64: convolutions take the time
-    digits     1 x  8 x  8, batch 100,   8 latents, width 32: Python takes the time
+    cifar10    3 x 32 x 32, batch 100, 100 latents, width 64: the convolutions take the time
+    digits     1 x  8 x  8, batch 100,   8 latents, width 32: the smallest networks
 
 Before anything is timed, both losses and all their gradients are compared in float64, for the same
 noise: the script stops if they are not equal to ten digits.
@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import math
 import platform
 import statistics
 import time
@@ -41,12 +40,12 @@ from pathlib import Path
 
 import pyro
 import torch
+from by_hand import ByHand, check_equal
 from torch import Tensor, nn
 
 from pyro_vaediff.build import ModelConfig, make_vae
 from pyro_vaediff.checkpoint import write_atomically, write_csv
-from pyro_vaediff.infer import Importance, Timestep_ELBO, Timesteps
-from pyro_vaediff.nn import bounded_scale
+from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.svi import SVI, TorchOptim, per_datum
 from pyro_vaediff.vae import VAE
 
@@ -64,117 +63,6 @@ TARGETS = {
 BATCH_SIZE, K, LR, CLIP_NORM = 100, 8, 5e-4, 100.0
 
 
-# The same loss, by hand ---------------------------------------------------------------------------
-
-
-class ByHand:
-    r"""The loss of ``Timestep_ELBO(k=K)`` for a Gaussian likelihood, with tensors only."""
-
-    def __init__(self, vae: VAE):
-        self.vae, prior = vae, vae.prior
-        like = next(vae.parameters())
-        beta = prior.schedule.original("betas")
-        alpha_bar = (1 - beta).cumprod(0)
-        # At t, the entry of a quantity at t - 1 comes first.
-        previous = torch.cat([alpha_bar[:1], alpha_bar[:-1]])
-        one_minus = torch.cat([torch.ones_like(beta[:1]), 1 - alpha_bar[1:]])  # 0 / 0 at t = 0
-
-        def column(table: Tensor) -> Tensor:
-            return table.to(like).unsqueeze(-1)
-
-        self.beta, self.sigma = column(beta), column(beta.sqrt())
-        self.root_alpha, self.root_alpha_bar = column((1 - beta).sqrt()), column(alpha_bar.sqrt())
-        self.noise = column((1 - alpha_bar).sqrt())
-        self.a = column((1 - beta).sqrt() * (1 - previous) / one_minus)
-        self.b = column(previous.sqrt() * beta / one_minus)
-        self.gain = column(beta / ((1 - beta) * one_minus).sqrt())
-
-        ratio = ((1 - previous) / one_minus)[2:]
-        self.constant = prior.latent_dim * ((ratio - 1 - ratio.log()) / 2).sum().item()
-        self.probs = Importance()(prior, "z_0", 2)
-        cdf = self.probs.double().cumsum(0)
-        self.cdf = cdf / cdf[-1]
-
-    def draw_timesteps(self, batch_size: int) -> Tensor:
-        n = K * batch_size
-        u = torch.arange(n, dtype=torch.float64, device=self.cdf.device) / n
-        u = (u + torch.rand((), dtype=torch.float64, device=self.cdf.device)) % 1
-        index = torch.searchsorted(self.cdf, u.reshape(K, batch_size), right=True)
-        return 2 + index.clamp(max=len(self.cdf) - 1)
-
-    def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r"""Draws the noise of z_0, of z_1 and of the z_t, and the timesteps t."""
-        shape = (len(x), self.vae.prior.latent_dim)
-        eps_0, eps_1, eps_t = (x.new_empty(s).normal_() for s in (shape, shape, (K, *shape)))
-        return eps_0, eps_1, eps_t, self.draw_timesteps(len(x))
-
-    def reverse_mean(self, z: Tensor, t: int | Tensor) -> Tensor:
-        return self.root_alpha[t] * z - self.gain[t] * self.vae.prior.denoiser(z, t)
-
-    def loss(self, x: Tensor, eps_0: Tensor, eps_1: Tensor, eps_t: Tensor, t: Tensor) -> Tensor:
-        encoder, decoder = self.vae.encoder, self.vae.decoder
-        T, log_2pi = self.vae.prior.num_timesteps, math.log(2 * math.pi)
-
-        loc, raw = encoder.head(encoder.features(x)).chunk(2, dim=-1)
-        scale = bounded_scale(raw, encoder.min_scale, encoder.max_scale)
-        z_0 = loc + scale * eps_0
-        negative_entropy = -(scale.log() + (1 + log_2pi) / 2).sum()
-
-        v_T = self.noise[T].square()
-        kl_T = (self.root_alpha_bar[T].square() * z_0.square() + v_T - 1 - v_T.log()).sum() / 2
-
-        z_t = self.root_alpha_bar[t] * z_0 + self.noise[t] * eps_t
-        difference = self.a[t] * z_t + self.b[t] * z_0 - self.reverse_mean(z_t, t)
-        kl = (difference.square() / (2 * self.beta[t])).sum(-1)
-        kls = (kl / (K * self.probs[t - 2])).sum()
-
-        z_1 = self.root_alpha_bar[1] * z_0 + self.noise[1] * eps_1
-        error = (z_0 - self.reverse_mean(z_1, 1)) / self.sigma[1]
-        first = (error.square() / 2 + self.sigma[1].log() + log_2pi / 2).sum()
-
-        sigma = bounded_scale(decoder.likelihood.raw_sigma, decoder.likelihood.floor)
-        error = (x - decoder.maps(z_0)) / sigma
-        reconstruction = error.square().sum() / 2 + x.numel() * (sigma.log() + log_2pi / 2)
-
-        terms = reconstruction + negative_entropy + kl_T + kls + first
-        return terms / len(x) + self.constant
-
-
-def check_equal(vae: VAE, x: Tensor) -> None:
-    r"""Raises unless both losses, and all their gradients, are the same for the same noise."""
-    vae, x = copy.deepcopy(vae).double(), x.double()
-    # A denoiser that starts at zero would hide the gradients of its other layers.
-    nn.init.normal_(vae.prior.denoiser.net[-1].weight, std=0.1)
-    by_hand, parameters = ByHand(vae), list(vae.parameters())
-    elbo = Timestep_ELBO(k=K)
-
-    with pyro.get_param_store().scope():
-        ((model, guide),) = elbo._get_traces(per_datum(vae.model), per_datum(vae.guide), (x,), {})
-        svi_loss = sum(term.sum() for _, term in elbo.site_terms(model, guide))
-    sites = [guide.nodes[name] for name in ("z_0", "z_1", "z_t")]
-    noise = [((s["value"] - s["fn"].mean) / s["fn"].stddev).detach() for s in sites]
-    loss = by_hand.loss(x, *noise, guide.nodes["t"]["value"])
-
-    pairs = [("loss", svi_loss, loss)]
-    gradients = (torch.autograd.grad(value, parameters) for value in (svi_loss, loss))
-    names = [f"gradient of {name}" for name, _ in vae.named_parameters()]
-    pairs += zip(names, *gradients, strict=True)
-    for name, one, other in pairs:
-        error = ((one - other).norm() / one.norm()).item()
-        if not error < 1e-10:
-            raise RuntimeError(f"SVI and the loop by hand differ in the {name}, by {error:.1e}")
-
-    states = []
-    for draw in (
-        Timesteps(by_hand.probs, 2, low_discrepancy=True).expand((K, len(x))).sample,
-        lambda: by_hand.draw_timesteps(len(x)),
-    ):
-        torch.manual_seed(0)
-        states.append(draw())
-    if not torch.equal(*states):
-        raise RuntimeError("SVI and the loop by hand draw other timesteps")
-
-
 # Steps --------------------------------------------------------------------------------------------
 
 
@@ -185,7 +73,7 @@ def svi_step(vae: VAE) -> Callable[[Tensor], object]:
 
 
 def step_by_hand(vae: VAE) -> Callable[[Tensor], object]:
-    by_hand, parameters = ByHand(vae), list(vae.parameters())
+    by_hand, parameters = ByHand(vae, K), list(vae.parameters())
     optimizer = torch.optim.Adam(parameters, lr=LR)
 
     def step(x: Tensor) -> Tensor:
@@ -232,7 +120,7 @@ def measure(
 
     vae = make(1000)
     x = torch.rand(batch_size, *config.image_shape, device=device) * 2 - 1
-    check_equal(vae, x[:4])
+    check_equal(vae, x[:4], K)
     print(f"{name}: the losses and their gradients are equal", flush=True)
 
     measurements = {
@@ -312,11 +200,12 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
 
+    batch_size, repeats = (8, 3) if args.quick else (BATCH_SIZE, args.repeats)
     records = []
     for name in args.configurations:
-        config, batch_size, repeats = CONFIGS[name], BATCH_SIZE, args.repeats
+        config = CONFIGS[name]
         if args.quick:
-            config, batch_size, repeats = replace(config, width=4, latent_dim=3), 8, 3
+            config = replace(config, width=4, latent_dim=3)
         records += measure(name, config, batch_size, device, repeats)
 
     caption = (

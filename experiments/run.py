@@ -162,15 +162,14 @@ def choose_device(name: str) -> torch.device:
 def choose_extractor(args: argparse.Namespace, device: torch.device):
     if args.features == "none":
         return None
-    if args.features != "auto":
-        return load_extractor(args.features, weights=args.fid_weights, device=device)
-    if args.dataset == "digits":
-        return load_extractor("pixels", device=device)
+    name = args.features
+    if name == "auto":
+        name = "pixels" if args.dataset == "digits" else "inception"
     try:
-        return load_extractor("inception", weights=args.fid_weights, device=device)
-    except (RuntimeError, OSError) as error:
-        if args.fid_weights is not None:
-            raise
+        return load_extractor(name, weights=args.fid_weights, device=device)
+    except RuntimeError as error:  # the weights cannot be downloaded
+        if args.features != "auto":
+            raise ValueError(f"--features {name}: {error}") from error
         print(f"no FID will be computed: {error}")
         return None
 
@@ -181,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(args.validate)  # a fifth of the time or more
     torch.distributions.Distribution.set_default_validate_args(args.validate)
 
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: choose a folder")
     if not args.resume and (args.out / CHECKPOINT).exists():
         raise ValueError(
             f"--out {args.out} holds a run already: continue it with --resume, or choose another"
@@ -193,6 +194,11 @@ def main(argv: list[str] | None = None) -> None:
         limit=args.limit,
     )
     extractor = choose_extractor(args, device)
+    if extractor is not None and min(args.num_images, len(data.test)) < 2:
+        raise ValueError(
+            f"a Fréchet distance needs at least 2 images, got --num-images {args.num_images} and "
+            f"{len(data.test)} test images: use --features none"
+        )
     names = ModelConfig.__dataclass_fields__.keys() & vars(args).keys()
     model_config = ModelConfig(
         **{name: getattr(args, name) for name in names},
@@ -241,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, NonFiniteError) as error:
+        # Pyro appends the shapes of the trace to an error that is raised inside a program.
+        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
         sys.exit("interrupted: continue with --resume")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -80,10 +79,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint, or is truncated ({str(error).splitlines()[0][:80]})"
-        ) from error
+    # A damaged or foreign file makes torch raise almost any exception, some without a message.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise ValueError(f"{path} is not a checkpoint, or is truncated ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this library ('{FORMAT}' is missing)")
     return state

@@ -42,13 +42,14 @@ def trajectory(
     Arguments:
         prior: The prior.
         num_samples: The number of chains :math:`N`.
-        num_frames: The number of frames :math:`F`, the first at :math:`T` and the last at 0.
+        num_frames: The number of frames :math:`F` from :math:`T` to 0, ends included.
 
     Returns:
         The times of the frames, with shape :math:`(F,)`, and the latents, with shape
         :math:`(F, N, D)`. There are fewer frames if the chain is shorter.
     """
     check_num_samples(num_samples)
+    check_num_frames(num_frames)
     with pyro.get_param_store().scope(), pyro.plate("samples", num_samples):
         trace = poutine.trace(prior.model).get_trace()
     T = prior.num_timesteps
@@ -126,8 +127,7 @@ def interpolate(vae: VAE, x: Tensor, y: Tensor, num_frames: int = 8) -> Tensor:
     Returns:
         The images, with shape :math:`(F, B, C, H, W)`.
     """
-    if num_frames < 2:
-        raise ValueError(f"num_frames must be at least 2, got {num_frames}")
+    check_num_frames(num_frames)
     start, end = vae.encode(x).mean, vae.encode(y).mean
     weights = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
     return vae.decode(torch.lerp(start, end, weights[:, None, None])).mean
@@ -136,3 +136,8 @@ def interpolate(vae: VAE, x: Tensor, y: Tensor, num_frames: int = 8) -> Tensor:
 def check_num_samples(num_samples: int) -> None:
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+
+def check_num_frames(num_frames: int) -> None:
+    if num_frames < 2:
+        raise ValueError(f"num_frames must be at least 2, got {num_frames}")

@@ -19,6 +19,7 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_csv
 from .data import ImageData, batches
 from .evaluation import evaluate, preprocess
 from .infer import Timestep_ELBO
+from .priors import DiffusionPrior
 from .svi import SVI, TorchOptim, per_datum
 from .vae import VAE
 
@@ -87,7 +88,7 @@ class Trainer:
             write nothing.
 
     Raises:
-        ValueError: If a configuration is not valid.
+        ValueError: If a configuration is not valid, or not for the estimator.
     """
 
     def __init__(
@@ -108,6 +109,9 @@ class Trainer:
         self.dtype = torch.float64 if train_config.precision == "float64" else torch.float32
         self.vae = make_vae(model_config).to(self.device, self.dtype)
         self.history: list[dict[str, float]] = []
+
+        if isinstance(elbo, Timestep_ELBO) and isinstance(self.vae.prior, DiffusionPrior):
+            elbo.weighting.check(self.vae.prior, elbo.collapse.conditioning)
 
         self.batch_size = min(train_config.batch_size, len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch_size
@@ -250,14 +254,18 @@ class Trainer:
         vae.load_state_dict(self._best)
         return vae.eval()
 
-    def describe(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, dict[str, Any]]:
+        r"""Returns what a run has in common with the run that resumes it."""
         model = asdict(self.model_config) | {"image_shape": list(self.model_config.image_shape)}
         return {
             "model_config": model,
             "train_config": asdict(self.config),
-            "history": self.history,
-            "best_epoch": self.best_epoch(),
+            "data": {"dataset": self.data.name, "train_images": len(self.data.train)},
+            "estimator": describe_elbo(self.elbo),
         }
+
+    def describe(self) -> dict[str, Any]:
+        return self.settings() | {"history": self.history, "best_epoch": self.best_epoch()}
 
     def state_dict(self) -> dict[str, Any]:
         r"""Returns everything that the rest of the run depends on."""
@@ -285,18 +293,16 @@ class Trainer:
         if self.out is None:
             raise ValueError("out must be a run directory to resume from, got None")
         state = load_checkpoint(self.out / CHECKPOINT)
-        saved = state["model_config"] | state["train_config"]
-        mine = asdict(self.model_config) | asdict(self.config)
-        for name, value in mine.items():
-            value = list(value) if isinstance(value, tuple) else value
-            # More epochs continue a run, unless its learning rate depends on how many there are.
-            if name == "epochs" and self.config.lr_schedule == "constant":
-                continue
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"cannot resume {self.out / CHECKPOINT} with {name}={value!r}: the run was "
-                    f"started with {saved.get(name)!r}"
-                )
+        for part, mine in self.settings().items():
+            for name, saved in state.get(part, {}).items():
+                # More epochs continue a run, unless its learning rate depends on their number.
+                if name == "epochs" and self.config.lr_schedule == "constant":
+                    continue
+                if mine.get(name) != saved:
+                    raise ValueError(
+                        f"cannot resume {self.out / CHECKPOINT} with {name}={mine.get(name)!r}: "
+                        f"the run was started with {saved!r}"
+                    )
         self.vae.load_state_dict(state["vae"])
         self.optim.set_state(state["optim"])
         if self.average is not None:
@@ -326,6 +332,20 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
     vae = make_vae(config).to(device, torch.float64 if precision == "float64" else torch.float32)
     vae.load_state_dict(state["vae"])
     return vae.eval(), config
+
+
+def describe_elbo(elbo: pyro.infer.ELBO) -> dict[str, Any]:
+    r"""Returns the settings of an estimator."""
+    settings = {"estimator": type(elbo).__name__, "num_particles": elbo.num_particles}
+    if isinstance(elbo, Timestep_ELBO):
+        settings |= {
+            "timesteps": "all" if elbo.proposal is None else type(elbo.proposal).__name__,
+            "k": elbo.collapse.k,
+            "conditioning": elbo.collapse.conditioning,
+            "weighting": elbo.weighting.name,
+            "low_discrepancy": elbo.collapse.low_discrepancy,
+        }
+    return settings
 
 
 def describe(terms: dict[str, Tensor]) -> str:

@@ -50,10 +50,19 @@ class VAE(nn.Module):
         Returns:
             The images, with shape :math:`(B, C, H, W)`.
         """
+        if x is not None:
+            check_images(x)
+        elif num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         register("decoder", self.decoder)
         with pyro.plate("data", num_samples if x is None else len(x), dim=-1):
-            z_0 = self.prior.model()
-            return pyro.sample("x", self.decoder(z_0), obs=x)
+            p_x = self.decoder(self.prior.model())
+            if x is not None and x.shape[1:] != p_x.event_shape:
+                raise ValueError(
+                    f"x must have shape (B, {', '.join(map(str, p_x.event_shape))}) as the "
+                    f"decoder's images do, got {tuple(x.shape)}"
+                )
+            return pyro.sample("x", p_x, obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         r"""The inference program: encoder posterior, then the prior's own guide.

@@ -2,6 +2,8 @@ r"""Diffusion priors: the paper's contribution, as a pair of Pyro programs."""
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -180,7 +182,7 @@ class DiffusionPrior(Prior):
 
     # What is known without data -------------------------------------------------------------------
 
-    @property
+    @cached_property
     def variance_kl(self) -> Tensor:
         r"""The part of :math:`\mathrm{KL}(q(z_{t-1}|z_t, z_0) \,\|\, p(z_{t-1}|z_t))` due to the
         variances, per dimension and for a fixed :math:`\sigma_t^2`, with shape :math:`(T + 1,)`.

@@ -45,6 +45,8 @@ class FlowPrior(Prior):
         super().__init__(latent_dim)
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if not hidden_features or min(hidden_features) < 1:
+            raise ValueError(f"hidden_features must be one or more widths, got {hidden_features}")
         order = torch.arange(latent_dim)
         self.steps = nn.ModuleList(
             AutoregressiveStep(conditioner(order if i % 2 == 0 else order.flip(0), hidden_features))
@@ -53,6 +55,8 @@ class FlowPrior(Prior):
 
     def distribution(self) -> dist.TransformedDistribution:
         r"""Returns :math:`p(z_0)`, whose log-density is exact."""
+        for step in self.steps:
+            step.forget()
         # The transforms are registered as modules, their inverses are views.
         return dist.TransformedDistribution(
             self.standard_normal(), [step.inv for step in self.steps]
@@ -81,6 +85,10 @@ class AutoregressiveStep(AffineAutoregressive):
             x = (y - loc) * torch.exp(-log_scale)
         self._cached_log_scale = log_scale
         return x
+
+    def forget(self) -> None:
+        r"""Empties the cache, which recognizes a tensor but not that parameters have changed."""
+        self._cached_x_y = (None, None)
 
     def __getstate__(self) -> dict:
         # The caches of the last evaluation hold on to its graph, which cannot be copied.

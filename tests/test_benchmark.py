@@ -1,0 +1,114 @@
+"""The benchmark runs and compares what it says it compares. Nothing is asserted about time."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyro_vaediff.build import ModelConfig, make_vae
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "benchmark.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("by_hand")
+
+
+def small(device):
+    config = ModelConfig(latent_dim=3, width=4)
+    vae = make_vae(config).to(device)
+    return vae, torch.rand(4, *config.image_shape, device=device) * 2 - 1
+
+
+def test_quick_run_writes_its_tables(tmp_path, device):
+    command = [sys.executable, str(SCRIPT), "--quick", "--device", str(device)]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path / "new" / "folder")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    with open(tmp_path / "new" / "folder" / "benchmark.csv") as file:
+        records = list(csv.DictReader(file))
+    assert [(r["measurement"], r["configuration"]) for r in records] == [
+        ("overhead", "cifar10"),
+        ("timesteps", "cifar10"),
+        ("overhead", "digits"),
+        ("timesteps", "digits"),
+    ]
+    for record in records:
+        ratio = float(record["median_ms"]) / float(record["reference_ms"])
+        assert float(record["ratio"]) == pytest.approx(ratio, abs=1e-3)
+    table = (tmp_path / "new" / "folder" / "benchmark.md").read_text()
+    assert table in result.stdout
+    assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(records)
+
+
+def test_the_loop_by_hand_has_the_loss_of_svi(by_hand, device):
+    by_hand.check_equal(*small(device))
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "message"),
+    [
+        ("a", 1 + 1e-6, "differ in the loss"),
+        ("constant", 1 + 1e-6, "differ in the loss"),
+        ("cdf", 0.5, "draw other timesteps"),
+    ],
+)
+def test_a_wrong_loop_is_found_out(by_hand, device, monkeypatch, name, factor, message):
+    class Wrong(by_hand.ByHand):
+        def __init__(self, *args):
+            super().__init__(*args)
+            setattr(self, name, getattr(self, name) * factor)
+
+    monkeypatch.setattr(by_hand, "ByHand", Wrong)
+    with pytest.raises(RuntimeError, match=message):
+        by_hand.check_equal(*small(device))
+
+
+def test_a_detached_gradient_is_found_out(by_hand, device, monkeypatch):
+    class Wrong(by_hand.ByHand):
+        def reverse_mean(self, z, t):
+            return super().reverse_mean(z.detach(), t)
+
+    monkeypatch.setattr(by_hand, "ByHand", Wrong)
+    with pytest.raises(RuntimeError, match=r"differ in the gradient of encoder"):
+        by_hand.check_equal(*small(device))
+
+
+def test_both_steps_train(benchmark, device):
+    for make_step in (benchmark.svi_step, benchmark.step_by_hand):
+        vae, x = small(device)
+        before = [p.detach().clone() for p in vae.parameters()]
+        step = make_step(vae)
+        for _ in range(3):  # the denoiser starts at zero: its first layers move from step two on
+            step(x)
+        for (name, after), initial in zip(vae.named_parameters(), before, strict=True):
+            assert not torch.equal(after, initial), name
+            assert after.isfinite().all(), name
+
+
+def test_steps_take_turns(benchmark, device):
+    calls = []
+    times = benchmark.interleave(
+        (lambda x: calls.append("a"), lambda x: calls.append("b")), torch.zeros(1), 3, warmup=1
+    )
+    assert "".join(calls) == "abbaabba"
+    assert [len(column) for column in times] == [3, 3]

@@ -1,0 +1,132 @@
+r"""The flow prior against the Jacobian of its map, computed by automatic differentiation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from pyro_vaediff import FlowPrior
+
+# Dimensions, numbers of steps and widths, among them a single variable and more than hidden units.
+SHAPES = [(1, 3, [8]), (2, 1, [8]), (3, 3, [8, 8]), (6, 2, [4, 4])]
+
+
+def make_flow(device, D, num_steps=3, hidden=(8,), dtype=torch.float64):
+    prior = FlowPrior(D, num_steps, hidden)
+    with torch.no_grad():
+        for parameter in prior.parameters():  # away from any special start
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return prior.to(device, dtype)
+
+
+def forward_map(prior, u):
+    r"""Returns z_0 = f_1(...f_n(u)), by the transforms of the distribution."""
+    for transform in prior.distribution().transforms:
+        u = transform(u)
+    return u
+
+
+@pytest.mark.parametrize("D, num_steps, hidden", SHAPES)
+def test_log_prob_is_the_change_of_variables(device, D, num_steps, hidden):
+    prior = make_flow(device, D, num_steps, hidden)
+    for u in torch.randn(4, D, dtype=torch.float64, device=device):
+        z = forward_map(prior, u).detach()
+        jacobian = torch.autograd.functional.jacobian(lambda u: forward_map(prior, u), u)
+        expected = prior.standard_normal().log_prob(u) - torch.linalg.slogdet(jacobian).logabsdet
+        torch.testing.assert_close(prior.distribution().log_prob(z), expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("D, num_steps, hidden", SHAPES)
+def test_sampling_inverts_scoring_to_the_precision_of_the_dtype(device, D, num_steps, hidden):
+    for dtype, atol in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
+        prior = make_flow(device, D, num_steps, hidden, dtype)
+        u = torch.randn(50, D, dtype=dtype, device=device)
+        z = forward_map(prior, u)
+        assert z.dtype == dtype
+        back = z.clone()  # a copy, so that no cache answers
+        for transform in reversed(prior.distribution().transforms):
+            back = transform.inv(back)
+        torch.testing.assert_close(back, u, atol=atol, rtol=0)
+
+
+def test_the_order_is_reversed_between_steps(device):
+    prior = make_flow(device, 4, num_steps=4)
+    u = torch.randn(4, dtype=torch.float64, device=device)
+    for i, step in enumerate(prior.steps):
+        jacobian = torch.autograd.functional.jacobian(step, u)
+        above, below = jacobian.triu(1), jacobian.tril(-1)
+        zero, full = (above, below) if i % 2 == 0 else (below, above)
+        assert (zero == 0).all() and (full != 0).sum() == 6
+    assert len({id(p) for p in prior.parameters()}) == 4 * len(list(prior.steps[0].parameters()))
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_samples_have_the_density(device, D):
+    prior = make_flow(device, D)
+    with torch.no_grad():
+        z = prior.distribution().sample([20_000])
+        # The density, integrated over a grid of ten standard deviations on either side.
+        line = torch.linspace(-10, 10, 801).to(z)
+        lines = [m + s * line for m, s in zip(z.mean(0), z.std(0), strict=True)]
+        grid = torch.cartesian_prod(*lines).reshape(-1, D)
+        cell = torch.stack([line[1] - line[0] for line in lines]).prod()
+        mass = prior.distribution().log_prob(grid).exp() * cell
+    assert mass.sum().item() == pytest.approx(1, abs=1e-3)
+    # The fraction of the samples below their mean in every coordinate, and below it in the first.
+    for columns in (slice(None), slice(1)):
+        below = (z < z.mean(0))[:, columns].all(-1).double()
+        expected = mass[(grid < z.mean(0))[:, columns].all(-1)].sum()
+        se = below.std() / len(z) ** 0.5
+        assert se < 0.005
+        assert (below.mean() - expected).abs() < 5 * se + 0.005  # the edge of the grid's cells
+
+
+def test_the_same_tensor_is_scored_afresh_after_a_step(device):
+    prior, z = make_flow(device, 3), torch.randn(10, 3, dtype=torch.float64, device=device)
+    optimizer = torch.optim.SGD(prior.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -prior.distribution().log_prob(z).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        fresh = -prior.distribution().log_prob(z.clone()).mean()
+        torch.testing.assert_close(-prior.distribution().log_prob(z).mean(), fresh)
+    assert losses[0] > losses[1] > losses[2]
+
+    # Samples are drawn without gradients; scoring them has gradients nevertheless.
+    with torch.no_grad():
+        z = prior.distribution().sample([5])
+    assert prior.distribution().log_prob(z).requires_grad
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("D", [1, 3])
+def test_copies_after_use(device, D, make_copy):
+    prior = make_flow(device, D)
+    z = torch.randn(10, D, dtype=torch.float64, device=device)
+    before = prior.distribution().log_prob(z)  # leaves a graph in the caches
+    prior.distribution().rsample([3])
+    other = make_copy(prior)
+    assert (other.distribution().log_prob(z) == before).all()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    assert (prior.distribution().log_prob(z) == before).all()
+    assert (other.distribution().log_prob(z) != before).any()
+
+
+def test_gradients_of_scores_and_of_samples(device):
+    for D in (1, 3):
+        prior = make_flow(device, D)
+        torch.autograd.gradcheck(
+            lambda z: prior.distribution().log_prob(z),  # noqa: B023, called at once
+            torch.randn(2, D, dtype=torch.float64, device=device, requires_grad=True),
+        )
+        prior.zero_grad()
+        prior.distribution().rsample([4]).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in prior.parameters())

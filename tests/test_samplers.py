@@ -1,0 +1,311 @@
+r"""Samplers against the exact law of linear chains, and against Gaussian data."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pytest
+import torch
+from errors import one_line_value_error
+from linear_gaussian import LinearGaussian
+from torch import nn
+
+from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior
+from pyro_vaediff.samplers import ddim, interpolate, reconstruct, sample, trajectory
+
+N = 20_000
+
+
+class Zero(nn.Module):
+    r"""A network that returns zero and remembers its times."""
+
+    def __init__(self, num_outputs=1):
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.visited = []
+
+    def forward(self, z, t):
+        self.visited.append(t)
+        return torch.zeros_like(z).repeat_interleave(self.num_outputs, dim=-1)
+
+
+class GaussianDenoiser(nn.Module):
+    r"""The best reverse mean for data from N(m, S), for ``parameterization="mu"``.
+
+    The mean of q(z_{t-1} | z_t, z_0) is linear in z_0, and E[z_0 | z_t] is the regression of z_0 on
+    z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps. The prior adds sqrt(1 - sigma_t^2) z_t.
+    """
+
+    def __init__(self, m, S, betas, reverse_variance):
+        super().__init__()
+        eye, abar = torch.eye(len(m)).to(S), torch.cumprod(1 - betas, 0)
+        weights, biases = [0 * eye], [0 * m]
+        for t in range(1, len(betas)):
+            gain = abar[t].sqrt() * S @ torch.linalg.inv(abar[t] * S + (1 - abar[t]) * eye)
+            of_zt = (1 - betas[t]).sqrt() * (1 - abar[t - 1]) / (1 - abar[t])
+            of_z0 = abar[t - 1].sqrt() * betas[t] / (1 - abar[t])
+            variance = betas[t]
+            if reverse_variance == "beta_tilde" and t > 1:
+                variance = betas[t] * (1 - abar[t - 1]) / (1 - abar[t])
+            weights.append((of_zt - (1 - variance).sqrt()) * eye + of_z0 * gain)
+            biases.append(of_z0 * (m - abar[t].sqrt() * gain @ m))
+        self.weight, self.bias = (nn.Parameter(torch.stack(x)) for x in (weights, biases))
+
+    def forward(self, z, t):
+        return z @ self.weight[t].mT + self.bias[t]
+
+
+def gaussian_data(device):
+    m = torch.tensor([1.0, -0.5], dtype=torch.float64, device=device)
+    S = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64, device=device)
+    return m, S
+
+
+def gaussian_prior(device, T, reverse_variance="beta", schedule="linear"):
+    r"""Returns a prior with the best denoiser for Gaussian data."""
+    prior = DiffusionPrior(
+        2, T, schedule, nn.Identity(), parameterization="mu", reverse_variance=reverse_variance
+    )
+    prior = prior.double().to(device)
+    prior.denoiser = GaussianDenoiser(
+        *gaussian_data(device), prior.schedule.betas, reverse_variance
+    )
+    return prior
+
+
+def assert_law(z, mean, cov, tolerance=1e-10, target=0.02):
+    r"""Asserts that samples have a mean and a covariance within 5 se and a tolerance."""
+    centred = z - z.mean(0)
+    products = centred.unsqueeze(-1) * centred.unsqueeze(-2)
+    for draws, exact in ((z, mean), (products, cov)):
+        se = draws.std(0) / len(draws) ** 0.5
+        assert se.max() < target
+        assert ((draws.mean(0) - exact).abs() < 5 * se + tolerance).all()
+
+
+def exact_law(prior, steps):
+    r"""Returns the law of z_0 after steps (A, b, variance) of z -> A z + b + noise, from N(0, I)."""
+    mean, cov = prior.origin.double(), torch.eye(prior.latent_dim).to(prior.origin).double()
+    for A, b, variance in steps:
+        mean, cov = A @ mean + b, A @ cov @ A.mT + variance * torch.eye(len(b)).to(A)
+    return mean, cov
+
+
+def ancestral_steps(prior):
+    betas, net = prior.schedule.betas, prior.denoiser
+    abar = torch.cumprod(1 - betas, 0)
+    for t in range(prior.num_timesteps, 0, -1):
+        variance = betas[t]
+        if prior.reverse_variance == "beta_tilde" and t > 1:
+            variance = betas[t] * (1 - abar[t - 1]) / (1 - abar[t])
+        skip = (1 - variance).sqrt() * torch.eye(2).to(betas)
+        yield skip + net.weight[t], net.bias[t], variance
+
+
+def ddim_steps(prior, times, eta):
+    r"""Equation (12) of DDIM with the exact regression of z_0 on z_t."""
+    m, S = gaussian_data(prior.origin.device)
+    abar, eye = torch.cumprod(1 - prior.schedule.betas, 0), torch.eye(2).to(S)
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        G = abar[t].sqrt() * S @ torch.linalg.inv(abar[t] * S + (1 - abar[t]) * eye)
+        g = m - abar[t].sqrt() * G @ m
+        variance = eta**2 * (1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])
+        of_eps = (1 - abar[s] - variance).clamp(min=0).sqrt() / (1 - abar[t]).sqrt()
+        A = abar[s].sqrt() * G + of_eps * (eye - abar[t].sqrt() * G)
+        yield A, (abar[s].sqrt() - of_eps * abar[t].sqrt()) * g, variance
+
+
+# --- The prior that starts at N(0, I) -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse_variance", ["beta", "beta_tilde", "learned"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_fresh_prior_samples_from_a_standard_normal(device, schedule, reverse_variance):
+    # The default denoiser starts at zero as well, but takes its time.
+    zero = Zero(2 if reverse_variance == "learned" else 1)
+    prior = DiffusionPrior(2, 50, schedule, zero, reverse_variance=reverse_variance).to(device)
+    assert_law(sample(prior, N), torch.zeros(2).to(device), torch.eye(2).to(device), 1e-6)
+
+
+def test_the_default_denoiser_is_zero_at_the_start(device):
+    prior = DiffusionPrior(3, 5).to(device)
+    assert (prior.denoiser(torch.randn(4, 3, device=device), 2) == 0).all()
+    assert sample(prior, 7).shape == (7, 3)
+
+
+def test_priors_with_one_site(device):
+    z = sample(GaussianPrior(2).to(device), N)
+    assert_law(z, torch.zeros(2).to(device), torch.eye(2).to(device))
+    assert sample(FlowPrior(2).to(device), 7).shape == (7, 2)
+
+
+def test_ddim_of_a_fresh_prior_is_a_product_of_cosines(device):
+    # With abar = cos^2(theta) and E[z_0 | z_t] = cos(theta_t) z_t, a step turns by an angle.
+    prior = DiffusionPrior(2, 40).double().to(device)
+    theta = prior.schedule.alphas_cumprod.sqrt().acos()
+    torch.manual_seed(1)
+    z_T = prior.standard_normal().expand([9]).sample()
+    for num_steps, times in ((1, [40, 0]), (4, [40, 30, 20, 10, 0]), (40, range(40, -1, -1))):
+        torch.manual_seed(1)
+        z_0 = ddim(prior, 9, num_steps)
+        factor = math.prod((theta[list(times)].diff()).cos().tolist())
+        torch.testing.assert_close(z_0, factor * z_T, atol=1e-10, rtol=0)
+
+
+# --- Gaussian data --------------------------------------------------------------------------------
+
+# What T steps leave of the difference between the chain and the data, as measured: O(1 / T).
+TOLERANCE = {200: 0.03, 1000: 0.006}
+
+
+@pytest.mark.parametrize("T", TOLERANCE)
+@pytest.mark.parametrize("reverse_variance", ["beta", "beta_tilde"])
+def test_ancestral_sampling_of_gaussian_data(device, T, reverse_variance):
+    prior = gaussian_prior(device, T, reverse_variance)
+    mean, cov = exact_law(prior, ancestral_steps(prior))
+    z = sample(prior, N)
+    assert_law(z, mean, cov)
+    m, S = gaussian_data(device)
+    assert (mean - m).abs().max() < TOLERANCE[T]
+    assert (cov - S).abs().max() < TOLERANCE[T]
+    assert_law(z, m, S, TOLERANCE[T])
+
+
+@pytest.mark.parametrize("reverse_variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_steps", [200, 20, 7])
+def test_ddim_of_gaussian_data(device, num_steps, eta, reverse_variance):
+    # The kernel's variance does not matter: DDIM only reads E[z_0 | z_t] off the prior.
+    prior = gaussian_prior(device, 200, reverse_variance)
+    times = torch.linspace(200, 0, num_steps + 1).round().long().tolist()
+    mean, cov = exact_law(prior, ddim_steps(prior, times, eta))
+    assert_law(ddim(prior, N, num_steps, eta), mean, cov)
+    m, S = gaussian_data(device)
+    tolerance = {200: 0.03, 20: 0.2, 7: 0.3}[num_steps]
+    print("DEV", num_steps, eta, (mean - m).abs().max(), (cov - S).abs().max())
+    assert (mean - m).abs().max() < tolerance
+    assert (cov - S).abs().max() < tolerance
+
+
+def test_ddim_with_eta_1_is_ancestral_sampling_with_beta_tilde(device, monkeypatch):
+    # For any network: here, a random one. The steps are compared draw by draw.
+    T = 12
+    prior = DiffusionPrior(2, T, reverse_variance="beta_tilde", parameterization="eps")
+    nn.init.normal_(prior.denoiser.net[-1].weight, std=0.1)
+    prior = prior.double().to(device)
+    noise = iter(list(torch.randn(T, 5, 2, dtype=torch.float64, device=device)))
+    draws = []
+
+    def randn_like(z):
+        draws.append(next(noise))
+        return draws[-1]
+
+    torch.manual_seed(1)
+    z = prior.standard_normal().expand([5]).sample()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn_like", randn_like)
+        torch.manual_seed(1)
+        z_0 = ddim(prior, 5, T, eta=1.0)
+    assert len(draws) == T
+    with torch.no_grad():
+        for t, xi in zip(range(T, 0, -1), draws, strict=True):
+            p = prior.reverse(z, t)
+            # The last step of DDIM is E[z_0 | z_1]; beta_tilde_1 = 0 is no density.
+            z = p.mean + (p.stddev * xi if t > 1 else 0.0)
+    torch.testing.assert_close(z_0, z, atol=1e-10, rtol=0)
+
+
+def test_ddim_visits_every_time_once(device):
+    prior = DiffusionPrior(1, 60).to(device)
+    for num_steps in (1, 2, 7, 31, 59, 60):
+        prior.denoiser = Zero()
+        ddim(prior, 1, num_steps)
+        visited = prior.denoiser.visited
+        assert len(visited) == num_steps
+        assert visited[0] == 60
+        assert sorted(set(visited), reverse=True) == visited
+
+
+# --- Frames ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "num_frames, times", [(2, [10, 0]), (3, [10, 5, 0]), (6, [10, 8, 6, 4, 2, 0])]
+)
+def test_frames_of_a_trajectory(device, num_frames, times):
+    prior = gaussian_prior(device, 10)
+    torch.manual_seed(2)
+    found, z = trajectory(prior, 4, num_frames)
+    assert found.tolist() == times
+    assert z.shape == (num_frames, 4, 2)
+    torch.manual_seed(2)
+    every, path = trajectory(prior, 4, num_frames=100)  # more than the chain has
+    assert every.tolist() == list(range(10, -1, -1))
+    assert torch.equal(z, path[[10 - t for t in times]])
+    torch.manual_seed(2)
+    assert torch.equal(path[-1], sample(prior, 4))
+
+
+def test_frames_have_the_laws_of_their_times(device):
+    prior = gaussian_prior(device, 50)
+    times, z = trajectory(prior, N, num_frames=3)
+    steps = list(ancestral_steps(prior))
+    for t, frame in zip(times.tolist(), z, strict=True):
+        assert_law(frame, *exact_law(prior, steps[: 50 - t]))
+
+
+@pytest.fixture
+def vae(device):
+    encoder, decoder = LinearGaussian(3, 2, log_scale=-0.5), LinearGaussian(2, 3, log_scale=0.0)
+    return VAE(encoder, decoder, GaussianPrior(2)).double().to(device)
+
+
+def test_reconstructions_and_interpolations(vae, device):
+    x, y = torch.randn(2, 4, 3, dtype=torch.float64, device=device)
+    mean = lambda net, v: v @ net.weight[0].mT + net.bias[0]  # noqa: E731
+    expected = [mean(vae.decoder, mean(vae.encoder, v)) for v in (x, y)]
+    torch.testing.assert_close(reconstruct(vae, x), expected[0], atol=1e-10, rtol=0)
+
+    frames = interpolate(vae, x, y, num_frames=5)
+    assert frames.shape == (5, 4, 3)
+    for frame, w in zip(frames, (0, 0.25, 0.5, 0.75, 1), strict=True):  # a linear decoder
+        mix = (1 - w) * expected[0] + w * expected[1]
+        torch.testing.assert_close(frame, mix, atol=1e-10, rtol=0)
+
+
+# --- Programs and errors --------------------------------------------------------------------------
+
+
+def test_sampling_leaves_nothing_behind(device):
+    for prior in (DiffusionPrior(2, 3), GaussianPrior(2), FlowPrior(2)):
+        sample(prior.to(device), 2)
+    trajectory(DiffusionPrior(2, 3).to(device), 2)
+    ddim(DiffusionPrior(2, 3).to(device), 2, 2)
+    assert len(list(pyro.get_param_store().keys())) == 0
+
+
+def test_samples_have_no_graph_and_the_dtype_of_the_prior(device):
+    for dtype in (torch.float32, torch.float64):
+        prior = DiffusionPrior(2, 3).to(device, dtype)
+        for z in (sample(prior, 2), trajectory(prior, 2)[1], ddim(prior, 2, 2, eta=0.5)):
+            assert z.dtype == dtype
+            assert not z.requires_grad
+
+
+def test_errors(vae):
+    prior, x = DiffusionPrior(2, 10), torch.zeros(1, 3, dtype=torch.float64)
+    for call, match in {
+        (lambda: sample(prior, 0)): "num_samples must be at least 1, got 0",
+        (lambda: trajectory(prior, 0)): "num_samples must be at least 1, got 0",
+        (lambda: trajectory(prior, 1, num_frames=1)): "num_frames must be at least 2, got 1",
+        (lambda: ddim(prior, 0)): "num_samples must be at least 1, got 0",
+        (lambda: ddim(prior, 1, num_steps=0)): "num_steps must be between 1 and T = 10, got 0",
+        (lambda: ddim(prior, 1, num_steps=11)): "num_steps must be between 1 and T = 10, got 11",
+        (lambda: ddim(prior, 1, 5, eta=-0.1)): r"eta must be in \[0, 1\], got -0.1",
+        (lambda: ddim(prior, 1, 5, eta=1.1)): r"eta must be in \[0, 1\], got 1.1",
+        (lambda: interpolate(vae, x, x, num_frames=1)): "num_frames must be at least 2, got 1",
+        (lambda: vae.model(num_samples=0)): "num_samples must be at least 1, got 0",
+    }.items():
+        with one_line_value_error(match):
+            call()

@@ -1,0 +1,743 @@
+r"""Training: the steps, resuming, the best model, and what goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import pickle
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from errors import one_line_value_error
+from linear_gaussian import linear_gaussian_vae
+from pyro.infer import Trace_ELBO
+
+from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO, build, training
+from pyro_vaediff.build import ModelConfig, make_vae
+from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_csv
+from pyro_vaediff.data import load
+from pyro_vaediff.evaluation import evaluate, preprocess
+from pyro_vaediff.infer import elbo_terms
+from pyro_vaediff.svi import SVI, TorchOptim, per_datum
+from pyro_vaediff.training import NonFiniteError, TrainConfig, Trainer, load_vae
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("digits", limit=60)
+
+
+@pytest.fixture
+def make_trainer(data, device, tmp_path):
+    r"""Makes trainers of a tiny model, with 3 steps per epoch."""
+
+    def make(epochs=2, elbo=None, out="run", model=None, data=data, **options):
+        defaults = {"prior": "diffusion", "latent_dim": 2, "width": 4, "num_timesteps": 10}
+        shape = {"image_shape": data.image_shape, "levels": data.levels}
+        model_config = ModelConfig(**defaults | shape | (model or {}))
+        options = {"epochs": epochs, "batch_size": 20, "lr": 5e-3} | options
+        elbo = Timestep_ELBO(k=2) if elbo is None else elbo
+        out = None if out is None else tmp_path / out
+        return Trainer(model_config, TrainConfig(**options), elbo, data, device, out)
+
+    return make
+
+
+def weights(vae):
+    return {name: value.detach().cpu().clone() for name, value in vae.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def assert_one_line(error):
+    assert "\n" not in str(error.value)
+
+
+# --- The optimizer --------------------------------------------------------------------------------
+
+
+def parameters(device):
+    return [torch.randn(n, device=device, dtype=torch.float64, requires_grad=True) for n in (3, 5)]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-3, 0.5, 1e3])
+def test_the_global_norm_is_clipped(device, clip_norm):
+    params = parameters(device)
+    optim = TorchOptim(torch.optim.SGD(params, lr=1.0), clip_norm)
+    before = [p.detach().clone() for p in params]
+    grads = [torch.randn_like(p) for p in params]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    optim(params)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / norm)
+    for p, b, g in zip(params, before, grads, strict=True):
+        # torch divides by norm + 1e-6
+        torch.testing.assert_close(p.detach(), b - factor * g, atol=1e-6, rtol=0)
+    assert float(optim.grad_norm) == pytest.approx(norm, rel=1e-12)
+
+
+def test_parameters_that_the_optimizer_lacks_are_an_error(device):
+    known, unknown = parameters(device)
+    optim = TorchOptim(torch.optim.SGD([known], lr=1.0))
+    known.grad = torch.ones_like(known)
+    optim([known])
+    with one_line_value_error(r"lacks parameters .*\(5,\)"):
+        optim([known, unknown])
+
+
+def test_an_encoder_that_the_optimizer_lacks_is_an_error(device):
+    vae, x = linear_gaussian_vae().to(device), torch.randn(4, 3, dtype=torch.float64, device=device)
+    optim = TorchOptim(torch.optim.SGD([*vae.decoder.parameters(), *vae.prior.parameters()], 1e-3))
+    with one_line_value_error("the optimizer lacks parameters"):
+        SVI(vae.model, vae.guide, optim, Timestep_ELBO()).step(x)
+
+
+def test_the_state_of_the_optimizer_continues_its_run(device):
+    def start():
+        torch.manual_seed(1)
+        params = parameters(device)
+        optimizer = torch.optim.Adam(params, lr=0.1)
+        return params, TorchOptim(
+            optimizer, 1.0, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+        )
+
+    def steps(params, optim, n):
+        for _ in range(n):
+            sum((p - 1).square().sum() for p in params).backward()
+            optim(params)
+            for p in params:
+                p.grad = None
+
+    straight, optim = start()
+    steps(straight, optim, 8)
+    first, optim = start()
+    steps(first, optim, 3)
+    state = copy.deepcopy(optim.get_state())
+    second, optim = start()
+    for p, q in zip(second, first, strict=True):
+        p.data.copy_(q)
+    optim.set_state(state)
+    steps(second, optim, 5)
+    assert optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+    assert all(torch.equal(p, q) for p, q in zip(straight, second, strict=True))
+
+
+# --- The step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elbo", [Timestep_ELBO(k=2), TraceKL_ELBO(), Trace_ELBO()], ids=repr)
+def test_a_step_of_svi_is_a_step_of_torch(device, elbo):
+    vae, x = linear_gaussian_vae().to(device), torch.randn(6, 3, dtype=torch.float64, device=device)
+    other = copy.deepcopy(vae)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.1)
+    svi = SVI(per_datum(vae.model), per_datum(vae.guide), TorchOptim(optimizer, 0.5), elbo)
+
+    optimizer = torch.optim.Adam(other.parameters(), lr=0.1)
+    for step in range(3):
+        torch.manual_seed(step)
+        terms = svi.step(x)
+        assert not any(term.requires_grad for term in terms.values())
+
+        torch.manual_seed(step)
+        if isinstance(elbo, TraceKL_ELBO):
+            per_term = elbo_terms(other.model, other.guide, x, elbo=elbo)
+            losses = {name: term.sum() / len(x) for name, term in per_term.items()}
+        else:
+            losses = {"-ELBO": elbo.differentiable_loss(other.model, other.guide, x) / len(x)}
+        assert terms.keys() == losses.keys()
+        for name in terms:
+            torch.testing.assert_close(terms[name], losses[name].detach(), atol=1e-10, rtol=0)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        optimizer.step()
+        for p, q in zip(vae.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-10, rtol=0)
+            assert p.grad is None
+
+
+def test_per_datum_losses_do_not_depend_on_the_size_of_the_batch(device):
+    # With equal data, the mean of a large batch is that of a small one.
+    vae, x = linear_gaussian_vae().to(device), torch.randn(1, 3, dtype=torch.float64, device=device)
+    elbo = Timestep_ELBO("all")
+    losses = torch.tensor([
+        [elbo.loss(per_datum(vae.model), per_datum(vae.guide), x.repeat(n, 1)) for _ in range(100)]
+        for n in (200, 400)
+    ])  # fmt: skip
+    mean, se = losses.mean(1), losses.std(1) / 10
+    assert se.max() < 0.05
+    assert (mean[0] - mean[1]).abs() < 5 * se.norm()
+
+
+# --- Resuming -------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "plain": {},
+    "EMA and cosine": {"ema": 0.9, "lr_schedule": "cosine"},
+    "loss-aware": {"timesteps": "loss-aware"},
+    "BatchNorm": {"ema": 0.5},
+    "Trace_ELBO": {"timesteps": None},
+    "flow": {"prior": "flow"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_resumed_run_is_the_run_that_never_stopped(make_trainer, monkeypatch, name):
+    options = dict(SETTINGS[name])
+    timesteps = options.pop("timesteps", "importance")
+    model = {"prior": options.pop("prior", "diffusion")}
+    if name == "BatchNorm":
+        for network in ("ConvEncoder", "ConvDecoder"):
+            monkeypatch.setattr(build, network, partial(getattr(build, network), norm="batch"))
+
+    def make(out, epochs=4):
+        elbo = Timestep_ELBO(timesteps, k=2) if timesteps else Trace_ELBO()
+        return make_trainer(epochs, elbo, out, model, **options)
+
+    straight = make("straight")
+    best = straight.fit(progress=False)
+
+    stopped = make("resumed")
+    monkeypatch.setattr(stopped, "save", stop_after(stopped.save, 2))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(progress=False)
+    torch.rand(7)  # whatever happens in between
+    resumed = make("resumed")
+    resumed.resume()
+    assert len(resumed.history) == 2
+    resumed_best = resumed.fit(progress=False)
+
+    assert resumed.history == straight.history
+    assert_same(weights(resumed.vae), weights(straight.vae))
+    assert_same(weights(resumed_best), weights(best))
+    if straight.average is not None:
+        assert_same(resumed.average.state_dict(), straight.average.state_dict())
+    if timesteps == "loss-aware":
+        assert_same(resumed.elbo.state_dict(), straight.elbo.state_dict())
+    metrics = [(trainer.out / "metrics.csv").read_bytes() for trainer in (straight, resumed)]
+    assert metrics[0] == metrics[1]
+    assert_same(load_checkpoint(resumed.out / "best.pt")["vae"], weights(best))
+
+
+def stop_after(save, num_calls):
+    calls = iter(range(1, 100))
+
+    def stopping_save():
+        save()
+        if next(calls) == num_calls:
+            raise KeyboardInterrupt
+
+    return stopping_save
+
+
+@pytest.mark.parametrize("file", ["best.pt", "checkpoint.pt"])
+def test_a_run_that_was_killed_while_saving_repeats_its_epoch(make_trainer, monkeypatch, file):
+    straight = make_trainer(3, out="straight")
+    straight.fit(progress=False)
+
+    def kill(path, state):
+        if path.name == file and len(state["history"]) == 2:
+            raise SystemExit("killed")
+        save_checkpoint(path, state)
+
+    killed = make_trainer(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", kill)
+        with pytest.raises(SystemExit):
+            killed.fit(progress=False)
+    assert killed.best_epoch() == 2  # or its best.pt would not be written
+    assert len(load_checkpoint(killed.out / "checkpoint.pt")["history"]) == 1
+    num_saved = len(load_checkpoint(killed.out / "best.pt")["history"])
+    assert num_saved == (1 if file == "best.pt" else 2)
+
+    resumed = make_trainer(3)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert resumed.history == straight.history
+    assert_same(weights(resumed.vae), weights(straight.vae))
+    for name in ("best.pt", "checkpoint.pt"):
+        ours, theirs = (load_checkpoint(t.out / name) for t in (resumed, straight))
+        assert ours["best_epoch"] == theirs["best_epoch"]
+        assert_same(ours["vae"], theirs["vae"])
+
+
+@pytest.fixture
+def one_epoch(make_trainer):
+    make_trainer(1).fit(progress=False)
+    return make_trainer
+
+
+OTHERS = {
+    "lr": {"lr": 1e-3},
+    "batch_size": {"batch_size": 30},
+    "lr_schedule": {"lr_schedule": "cosine"},
+    "ema": {"ema": 0.9},
+    "seed": {"seed": 1},
+    "precision": {"precision": "float64"},
+    "clip_norm": {"clip_norm": None},
+    "prior": {"model": {"prior": "gaussian"}},
+    "latent_dim": {"model": {"latent_dim": 3}},
+    "num_timesteps": {"model": {"num_timesteps": 11}},
+    "parameterization": {"model": {"parameterization": "v"}},
+    "likelihood": {"model": {"likelihood": "bernoulli"}},
+    "estimator": {"elbo": Trace_ELBO()},
+    "timesteps": {"elbo": Timestep_ELBO("uniform", k=2)},
+    "k": {"elbo": Timestep_ELBO(k=3)},
+    "conditioning": {"elbo": Timestep_ELBO(k=2, conditioning="x")},
+    "weighting": {"elbo": Timestep_ELBO(k=2, weighting="simple")},
+    "train_images": {"data": load("digits", limit=59)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_settings_cannot_resume(one_epoch, name):
+    with one_line_value_error(f"with {name}=.*started with"):
+        one_epoch(1, **OTHERS[name]).resume()
+
+
+def test_more_epochs_continue_a_run_unless_the_schedule_depends_on_them(make_trainer):
+    straight = make_trainer(3, out="straight")
+    straight.fit(progress=False)
+    make_trainer(1).fit(progress=False)
+    longer = make_trainer(3)
+    longer.resume()
+    longer.fit(progress=False)
+    assert longer.history == straight.history
+
+    make_trainer(1, out="cosine", lr_schedule="cosine").fit(progress=False)
+    with one_line_value_error("with epochs=3: the run was started with 1"):
+        make_trainer(3, out="cosine", lr_schedule="cosine").resume()
+
+
+def test_a_finished_run_stays_as_it_is(one_epoch):
+    trainer = one_epoch(1)
+    trainer.resume()
+    files = {path: path.read_bytes() for path in trainer.out.iterdir()}
+    best = trainer.fit(progress=False)
+    assert {path: path.read_bytes() for path in trainer.out.iterdir()} == files
+    assert_same(weights(best), load_checkpoint(trainer.out / "best.pt")["vae"])
+
+
+def test_nothing_to_resume_from(make_trainer):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*checkpoint\.pt"):
+        make_trainer().resume()
+    with one_line_value_error("out must be a run directory"):
+        make_trainer(out=None).resume()
+
+
+# --- The best model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_best_model_has_the_lowest_validation_loss(make_trainer, monkeypatch, ema):
+    losses = [5.0, 2.0, 3.0, 2.0]
+    trainer, seen = make_trainer(4, ema=ema), []
+
+    def validate():
+        seen.append(weights(trainer.vae if ema == 0 else trainer.average.module))
+        return losses[len(seen) - 1]
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    best = trainer.fit(progress=False)
+    assert not best.training
+    assert_same(weights(best), seen[1])
+    state = load_checkpoint(trainer.out / "best.pt")
+    assert state["best_epoch"] == 2
+    assert_same(state["vae"], seen[1])
+    assert any((seen[1][name] != seen[3][name]).any() for name in seen[1])
+
+
+def test_the_average_is_the_exponential_moving_average(make_trainer):
+    trainer = make_trainer(1, ema=0.75, precision="float64")
+    history, update = [], trainer.average.update_parameters
+
+    def spy(vae):
+        history.append(weights(vae))
+        update(vae)
+
+    trainer.average.update_parameters = spy
+    trainer.fit(progress=False)
+    expected = history[0]  # the first update copies
+    for step in history[1:]:
+        expected = {name: 0.75 * expected[name] + 0.25 * step[name] for name in expected}
+    average = weights(trainer.average.module)
+    for name in expected:
+        torch.testing.assert_close(average[name], expected[name], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("path", [".", "best.pt"])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_load_vae_round_trip(make_trainer, data, device, precision, path):
+    trainer = make_trainer(2, precision=precision)
+    best = trainer.fit(progress=False)
+    vae, config = load_vae(trainer.out / path, device)
+    assert config == ModelConfig(
+        **vars(trainer.model_config) | {"image_shape": list(data.image_shape)}
+    )
+    assert not vae.training
+    assert_same(weights(vae), weights(best))
+    x = preprocess(vae, data.test[:4].to(device), data.levels)
+    assert x.dtype == getattr(torch, precision)
+    with torch.no_grad():
+        assert torch.equal(vae.encode(x).mean, best.encode(x).mean)
+
+
+# --- What a run does and does not do --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "flow", "diffusion"])
+def test_training_reduces_the_validation_loss(make_trainer, data, prior):
+    trainer = make_trainer(8, out=None, model={"prior": prior})
+    options = {"levels": data.levels, "elbo": Timestep_ELBO("all"), "seed": 5}
+    before = sum(evaluate(trainer.vae, data.validation, **options).values())
+    best = trainer.fit(progress=False)
+    after = sum(evaluate(best, data.validation, **options).values())
+    assert after < before - 5
+    assert trainer.history[-1]["train"] < trainer.history[0]["train"] - 5
+
+
+def test_a_record_holds_terms_that_sum_to_the_loss(make_trainer):
+    trainer = make_trainer(2)
+    trainer.fit(progress=False)
+    with open(trainer.out / "metrics.csv", newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert rows == trainer.history
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        terms = [value for name, value in row.items() if name.startswith("train ")]
+        assert len(terms) == 6
+        assert sum(terms) == pytest.approx(row["train"], rel=1e-6)
+
+
+def test_validation_is_the_loss_of_the_validation_images(make_trainer, data):
+    trainer = make_trainer(1, out=None)
+    trainer.fit(progress=False)
+    exact = sum(evaluate(trainer.vae, data.validation, data.levels).values())
+    # 32 timesteps of 10: the noise of the latents and of the pixels is shared only in part
+    assert trainer.history[0]["validation"] == pytest.approx(exact, abs=2.0)
+    assert trainer.validate() == trainer.history[0]["validation"]
+
+
+def test_two_trainers_do_not_disturb_each_other(make_trainer):
+    class Run:
+        r"""A trainer with a random number generator of its own."""
+
+        def __init__(self, **options):
+            self.trainer = make_trainer(3, out=None, **options)
+            self.rng = torch.get_rng_state()
+            self.records = []
+
+        def epoch(self):
+            torch.set_rng_state(self.rng)
+            with pyro.get_param_store().scope():
+                self.records.append(self.trainer.train_epoch(training.tqdm(disable=True)))
+            self.rng = torch.get_rng_state()
+
+    options = [{"seed": 0}, {"seed": 1, "model": {"latent_dim": 2}}]
+    separate = []
+    for option in options:
+        run = Run(**option)
+        for _ in range(3):
+            run.epoch()
+        separate.append(run)
+    together = [Run(**option) for option in options]
+    for _ in range(3):
+        for run in together:
+            run.epoch()
+    for a, b in zip(separate, together, strict=True):
+        assert a.records == b.records
+        assert_same(weights(a.trainer.vae), weights(b.trainer.vae))
+    assert separate[0].records != separate[1].records
+    assert dict(pyro.get_param_store().items()) == {}
+
+
+def test_the_global_parameter_store_is_left_alone(make_trainer, data):
+    pyro.param("mine", torch.tensor(1.0))
+    trainer = make_trainer(1, out=None)
+    evaluate(trainer.fit(progress=False), data.test, data.levels)
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+
+
+def test_evaluation_is_seeded_and_leaves_no_trace(make_trainer, data):
+    vae = make_trainer(1, out=None).vae.train()
+    state = torch.get_rng_state()
+    first = evaluate(vae, data.test, data.levels)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vae.training
+    torch.rand(3)
+    assert evaluate(vae, data.test, data.levels) == first
+    assert evaluate(vae, data.test, data.levels, seed=1) != first
+    # The terms are means over all images, whatever the size of a batch (60 = 3 x 17 + 9).
+    for name, value in evaluate(vae, data.test, data.levels, batch_size=17).items():
+        assert value == pytest.approx(first[name], abs=3.0), name
+
+
+def test_precision(make_trainer, data):
+    trainer = make_trainer(1, out=None, precision="float64")
+    best = trainer.fit(progress=False)
+    assert {p.dtype for p in best.parameters()} == {torch.float64}
+
+    trainer, dtypes = make_trainer(1, out=None, precision="bf16"), set()
+    convolution = set()
+    trainer.vae.decoder.maps[-2].register_forward_hook(
+        lambda module, args, output: convolution.add(output.dtype) if module.training else None
+    )
+    original = trainer.svi.step
+
+    def spy(x):
+        terms = original(x)
+        dtypes.update(term.dtype for term in terms.values())
+        with torch.autocast(x.device.type, torch.bfloat16):
+            q = trainer.vae.encode(x)
+            dtypes.update(p.dtype for p in (q.mean, q.stddev, trainer.vae.decode(q.mean).mean))
+        return terms
+
+    trainer.svi.step = spy
+    trainer.fit(progress=False)
+    assert convolution == {torch.bfloat16}
+    assert dtypes == {torch.float32}
+    assert {p.dtype for p in trainer.vae.parameters()} == {torch.float32}
+
+
+# --- Numbers that are not finite ------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_validation():
+    pyro.enable_validation(False)  # as in long runs; otherwise torch itself refuses a NaN
+
+
+def poison(trainer, step):
+    r"""Makes the decoder return NaN at a step of the training."""
+    steps = iter(range(1, 1000))
+
+    def hook(module, args, output):
+        if module.training and next(steps) == step:
+            return output * math.nan
+
+    trainer.vae.decoder.maps.register_forward_hook(hook)
+
+
+def test_a_nan_names_its_step_its_term_and_the_last_good_checkpoint(make_trainer, no_validation):
+    trainer = make_trainer(5)
+    poison(trainer, step=7)  # the first step of the third epoch
+    with pytest.raises(NonFiniteError, match=r"step 7 \(epoch 3\).* x = nan") as info:
+        trainer.fit(progress=False)
+    assert_one_line(info)
+    assert f"last good checkpoint is {trainer.out / 'checkpoint.pt'} (epoch 2)" in str(info.value)
+    assert "z_s = nan" not in str(info.value)  # that term was fine
+
+    vae, _ = load_vae(trainer.out)
+    assert all(p.isfinite().all() for p in vae.parameters())
+    resumed = make_trainer(5)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert len(resumed.history) == 5
+
+
+def test_a_nan_in_the_first_epoch(make_trainer, no_validation):
+    trainer = make_trainer(1)
+    poison(trainer, step=2)
+    with pytest.raises(NonFiniteError, match=r"step 2 \(epoch 1\).*no checkpoint was written yet"):
+        trainer.fit(progress=False)
+
+
+def test_a_gradient_that_is_not_finite(make_trainer, no_validation):
+    trainer = make_trainer(1)
+    trainer.vae.decoder.maps[-2].weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(NonFiniteError, match=r"step 1 .*: the norm of the gradient = (inf|nan)"):
+        trainer.fit(progress=False)
+
+
+def test_a_divergent_learning_rate(make_trainer, no_validation):
+    with pytest.raises(NonFiniteError, match="try a smaller lr") as info:
+        make_trainer(3, lr=1e30).fit(progress=False)
+    assert_one_line(info)
+
+
+def test_a_validation_loss_that_is_not_finite(make_trainer, monkeypatch):
+    trainer = make_trainer(3)
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(trainer, "validate", lambda: next(losses))
+    with pytest.raises(NonFiniteError, match=r"validation loss is nan after epoch 2.*\(epoch 1\)"):
+        trainer.fit(progress=False)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def broken_checkpoints(good, victim):
+    yield "empty", b""
+    yield "text", b"epoch,train\n1,2.0\n"
+    yield "stop", b"."
+    yield "number", b"G1"
+    yield "pickle", pickle.dumps({"vae": 1})
+    yield "code", pickle.dumps(Malicious(victim))
+    yield "image", b"\x89PNG\r\n\x1a\n" + bytes(100)
+    for n in range(1, len(good), len(good) // 40):
+        yield f"truncated to {n} of {len(good)}", good[:n]
+
+
+def test_broken_checkpoints(tmp_path):
+    path, victim = tmp_path / "checkpoint.pt", tmp_path / "victim"
+    save_checkpoint(path, {"vae": {"weight": torch.randn(50)}, "history": [{"train": 1.0}]})
+    assert load_checkpoint(path)["history"] == [{"train": 1.0}]
+    for name, content in broken_checkpoints(path.read_bytes(), victim):
+        path.write_bytes(content)
+        with one_line_value_error(r"checkpoint\.pt is not a checkpoint, or is truncated \(.+\)"):
+            load_checkpoint(path)
+            pytest.fail(name)
+    assert not victim.exists()
+    pickle.loads(pickle.dumps(Malicious(victim))).close()
+    assert victim.exists()  # that pickle does execute code
+
+
+@pytest.mark.parametrize("content", [{"vae": {}}, {"format": "other"}, [1, 2], torch.zeros(3)])
+def test_foreign_checkpoints(tmp_path, content):
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with one_line_value_error("was not written by this library"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_code_in_a_whole_checkpoint_is_not_executed(tmp_path):
+    path, victim = tmp_path / "checkpoint.pt", tmp_path / "victim"
+    torch.save({"format": "pyro_vaediff checkpoint, version 1", "x": Malicious(victim)}, path)
+    with one_line_value_error("is not a checkpoint"):
+        load_checkpoint(path)
+    assert not victim.exists()
+
+
+def test_a_checkpoint_loads_with_weights_only(one_epoch):
+    out = one_epoch(1).out
+    for name in ("best.pt", "checkpoint.pt"):
+        state = torch.load(out / name, weights_only=True, map_location="cpu")
+        assert state["model_config"]["latent_dim"] == 2
+        assert state["train_config"]["epochs"] == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_file_before(tmp_path, error):
+    path = tmp_path / "new" / "results.json"
+
+    def fail(file):
+        file.write(b"half of the")
+        file.flush()
+        assert not path.exists() or path.read_bytes() == b"whole"
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(path, fail)
+    assert list(path.parent.iterdir()) == []
+    write_atomically(path, lambda file: file.write(b"whole"))
+    with pytest.raises(error):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1})
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        save_checkpoint(path, {"epoch": 2, "f": lambda: 0})
+    assert load_checkpoint(path)["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_csv_keeps_every_digit(tmp_path):
+    records = [{"epoch": 1, "a": 1 / 3, "b": "x, y"}, {"epoch": 2, "a": 1e-300, "b": '"'}]
+    write_csv(tmp_path / "table.csv", records)
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{"epoch": int(r["epoch"]), "a": float(r["a"]), "b": r["b"]} for r in rows] == records
+
+
+# --- Configurations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": math.nan}, "lr must be positive, got nan"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"ema": -0.1}, r"ema must be in \[0, 1\), got -0.1"),
+        ({"lr_schedule": "step"}, "unknown lr_schedule 'step'"),
+        ({"precision": "float16"}, "unknown precision 'float16'"),
+    ],
+    ids=str,
+)
+def test_train_config(options, match):
+    with one_line_value_error(match):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"prior": "vamp"}, "unknown prior 'vamp'"),
+        ({"networks": "unet"}, "unknown networks 'unet'"),
+        ({"likelihood": "poisson"}, "got 'poisson'"),
+        ({"latent_dim": 0}, "latent_dim must be .* got 0"),
+        ({"width": 0}, "width must be .* got 0"),
+        ({"num_timesteps": 0}, "num_timesteps must be .* got 0"),
+        ({"schedule": "sqrt"}, "unknown schedule 'sqrt'"),
+        ({"parameterization": "x"}, "unknown parameterization 'x'"),
+        ({"reverse_variance": "x"}, "unknown reverse_variance 'x'"),
+        ({"image_shape": (1, 9, 9)}, r"got \(1, 9, 9\)"),
+        ({"networks": "paper"}, "32 or 64 pixels"),
+    ],
+    ids=str,
+)
+def test_model_config(options, match):
+    with one_line_value_error(match):
+        make_vae(ModelConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "model, conditioning", [({}, "x"), ({"reverse_variance": "learned"}, "z_0")]
+)
+def test_a_weighting_is_checked_before_training(make_trainer, model, conditioning):
+    elbo = Timestep_ELBO(weighting="simple", conditioning=conditioning)
+    with one_line_value_error("weighting='simple' is defined for"):
+        make_trainer(elbo=elbo, model=model)
+
+
+@pytest.mark.parametrize("program", ["model", "guide"])
+@pytest.mark.parametrize(
+    "x, match",
+    [
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "got torch.uint8 of shape"),
+        (torch.zeros(0, 1, 8, 8), "non-empty batch"),
+        (torch.full((2, 1, 8, 8), math.nan), "NaN or infinite"),
+        (torch.full((2, 1, 8, 8), math.inf), "NaN or infinite"),
+        (torch.zeros(2, 1, 9, 9), r"1, 8, 8\).* got \(2, 1, 9, 9\)"),
+        (torch.zeros(2, 8, 8), r"1, 8, 8\).* got \(2, 8, 8\)"),
+        (torch.zeros(8), "non-empty batch"),
+    ],
+    ids=["uint8", "empty", "nan", "inf", "size", "ndim", "vector"],
+)
+@pytest.mark.parametrize("prior", ["gaussian", "diffusion"])
+def test_images_that_are_none(device, prior, program, x, match):
+    vae = make_vae(ModelConfig(prior=prior, latent_dim=2, width=4, num_timesteps=3)).to(device)
+    with one_line_value_error(match):
+        getattr(vae, program)(x.to(device))
