@@ -78,10 +78,12 @@ def skip_foreign(app: Sphinx, what: str, name: str, obj: object, skip: bool, opt
     return skip or not first.__module__.startswith("pyro_vaediff")
 
 
-def describe_choices(app: Sphinx, what: str, name: str, obj: object, options, lines: list) -> None:
-    r"""Lists the keys of a table of choices in place of the docstring of the class `dict`."""
-    if what == "data" and isinstance(obj, dict):
-        lines[:] = ["The choices " + ", ".join(f'``"{key}"``' for key in obj) + "."]
+def describe_data(app: Sphinx, what: str, name: str, obj: object, options, lines: list) -> None:
+    r"""Says what a variable holds, in place of the docstring of the class of its value."""
+    if what == "data" and "\n".join(lines).strip() == inspect.getdoc(type(obj)).strip():
+        lines[:] = [f"Its keys: {', '.join(f'``{key!r}``' for key in obj)}."] * isinstance(
+            obj, dict
+        )
 
 
 def resolve_short(app: Sphinx, env, node, contnode):
@@ -99,5 +101,5 @@ def setup(app: Sphinx) -> None:
     roles.register_local_role("py", roles.code_role)
     app.connect("builder-inited", lambda app: write_api_pages(Path(app.srcdir, "api/generated")))
     app.connect("autodoc-skip-member", skip_foreign)
-    app.connect("autodoc-process-docstring", describe_choices)
+    app.connect("autodoc-process-docstring", describe_data)
     app.connect("missing-reference", resolve_short)

@@ -139,6 +139,15 @@ def test_typical_kl_is_exact_from_the_first_step(device):
         torch.testing.assert_close(prior.typical_kl(scale)[1:], torch.stack(kl), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("reverse_variance", ["beta", "beta_tilde", "learned"])
+def test_the_first_step_given_z_0_is_finite(device, reverse_variance):
+    # q(z_0 | z_1, z_0) is a point, whose variance has no finite KL: only its mean counts.
+    prior = DiffusionPrior(2, 5, reverse_variance=reverse_variance).double().to(device)
+    expected = kl_under_a_standard_normal(prior, 1, 0.0, False)
+    torch.testing.assert_close(prior.typical_kl(0.0)[1], expected, atol=1e-10, rtol=0)
+    assert prior.variance_kl.isfinite().all() and (prior.variance_kl[:2] == 0).all()
+
+
 @pytest.mark.parametrize("T", [1, 2, 1000])
 @pytest.mark.parametrize("Chosen", [Uniform, Importance, LossAware])
 def test_probabilities_of_any_chain(device, Chosen, T):

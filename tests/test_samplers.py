@@ -183,7 +183,6 @@ def test_ddim_of_gaussian_data(device, num_steps, eta, reverse_variance):
     assert_law(ddim(prior, N, num_steps, eta), mean, cov)
     m, S = gaussian_data(device)
     tolerance = {200: 0.03, 20: 0.2, 7: 0.3}[num_steps]
-    print("DEV", num_steps, eta, (mean - m).abs().max(), (cov - S).abs().max())
     assert (mean - m).abs().max() < tolerance
     assert (cov - S).abs().max() < tolerance
 

@@ -37,7 +37,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 1e4) -> Tensor
 
 
 class MLPDenoiser(nn.Module):
-    r"""An MLP of the latent and of an embedding of the time, as in the paper's code.
+    r"""An MLP of the latent and of an embedding of the time, of the size in the paper's code.
 
     Its last layer starts at zero, and so does its output: see
     :class:`~pyro_vaediff.priors.DiffusionPrior` for why.

@@ -27,8 +27,8 @@ class DiffusionPrior(Prior):
     r"""A diffusion prior, with latent sites :math:`z_T, \dots, z_0`.
 
     .. math::
-        p(z_T) & = \mathcal{N}(0, I) & (13) \\
-        p_\phi(z_{t-1} | z_t) & = \mathcal{N}(\mu_\phi(z_t, t), \sigma_t^2 I) & (14)
+        p(z_T) & = \mathcal{N}(0, I) & \quad (13) \\
+        p_\phi(z_{t-1} | z_t) & = \mathcal{N}(\mu_\phi(z_t, t), \sigma_t^2 I) & \quad (14)
 
     :meth:`model` and :meth:`guide` are *effectful statements*, of the message types
     ``"diffusion_model"`` and ``"diffusion_guide"``. By default they run as written below, one
