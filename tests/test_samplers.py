@@ -2,6 +2,7 @@ r"""Samplers against the exact law of linear chains, and against Gaussian data."
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pyro
@@ -85,7 +86,7 @@ def assert_law(z, mean, cov, tolerance=1e-10, target=0.02):
 
 
 def exact_law(prior, steps):
-    r"""Returns the law of z_0 after steps (A, b, variance) of z -> A z + b + noise, from N(0, I)."""
+    r"""Returns the law of z_0: steps (A, b, variance) of z -> A z + b + noise, from N(0, I)."""
     mean, cov = prior.origin.double(), torch.eye(prior.latent_dim).to(prior.origin).double()
     for A, b, variance in steps:
         mean, cov = A @ mean + b, A @ cov @ A.mT + variance * torch.eye(len(b)).to(A)
@@ -107,7 +108,7 @@ def ddim_steps(prior, times, eta):
     r"""Equation (12) of DDIM with the exact regression of z_0 on z_t."""
     m, S = gaussian_data(prior.origin.device)
     abar, eye = torch.cumprod(1 - prior.schedule.betas, 0), torch.eye(2).to(S)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         G = abar[t].sqrt() * S @ torch.linalg.inv(abar[t] * S + (1 - abar[t]) * eye)
         g = m - abar[t].sqrt() * G @ m
         variance = eta**2 * (1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])

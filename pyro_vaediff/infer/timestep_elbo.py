@@ -74,7 +74,7 @@ class Collapse(Messenger):
         register("prior", prior)
         constant = self.weighting.constant(prior, self.conditioning)
         if constant:
-            pyro.factor("constant", prior.origin.new_tensor(-constant))
+            pyro.factor("constant", prior.origin.new_full((), -constant))
         with poutine.mask(mask=self.weighting.keep_z_T):
             z_T = pyro.sample(f"z_{prior.num_timesteps}", prior.standard_normal())
         z_1 = z_T if prior.num_timesteps == 1 else nuisance("z_1", prior.standard_normal())

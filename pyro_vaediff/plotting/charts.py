@@ -133,7 +133,7 @@ def plot_elbo_terms(
     axes.get_yticklabels()[-1].set_fontweight("bold")
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.set_xlabel("nats per datum (orange adds to the loss, blue takes away)", fontsize=FONT)
+    axes.set_xlabel("nats per datum", fontsize=FONT)
     save(figure, path)
 
 

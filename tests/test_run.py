@@ -1,0 +1,399 @@
+r"""``experiments/run.py``: what a run leaves behind, resuming, and its errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from image_files import write_folder
+from PIL import Image
+
+from pyro_vaediff import training
+from pyro_vaediff.checkpoint import load_checkpoint
+from pyro_vaediff.training import load_vae
+
+RUN = Path(__file__).parents[1] / "experiments" / "run.py"
+TINY = {"epochs": 2, "limit": 40, "width": 4, "latent-dim": 2, "num-timesteps": 10, "k": 2}
+FILES = {
+    *("config.json", "metrics.csv", "checkpoint.pt", "best.pt", "results.json", "terms.csv"),
+    *("samples.png", "reconstructions.png", "history.png", "terms.png"),
+}
+OF_DIFFUSION = {"denoising.png", "kl_by_timestep.png", "kl_by_timestep.csv"}
+
+
+@pytest.fixture(autouse=True)
+def validation():
+    yield
+    pyro.enable_validation(True)  # the script switches it off
+
+
+@pytest.fixture
+def arguments(device):
+    r"""Returns the command line of a tiny run; ``None`` leaves an option out."""
+
+    def make(out, *flags, **options):
+        options = {k.replace("_", "-"): v for k, v in options.items()}
+        options = TINY | {"device": device.type, "batch-size": 20, "out": out} | options
+        pairs = ((f"--{k}", str(v)) for k, v in options.items() if v is not None)
+        return ["--quiet", *flags, *(word for pair in pairs for word in pair)]
+
+    return make
+
+
+@pytest.fixture
+def run(arguments, monkeypatch, capsys):
+    r"""Runs the script in this process, and returns what it printed."""
+
+    def call(*args, **options):
+        monkeypatch.setattr(sys, "argv", [str(RUN), *arguments(*args, **options)])
+        runpy.run_path(str(RUN), run_name="__main__")
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def error_of(run, capsys):
+    r"""Returns the error message of a run that ends in one."""
+
+    def call(*args, **options):
+        with pytest.raises(SystemExit) as info:
+            run(*args, **options)
+        stderr = capsys.readouterr().err
+        if info.value.code != 2:
+            assert isinstance(info.value.code, str)  # goes to stderr, with exit status 1
+            stderr += info.value.code
+        # argparse puts a usage above the error.
+        assert stderr.count("error:") == 1
+        message = stderr[stderr.index("error:") :].strip()
+        assert "\n" not in message
+        assert "Traceback" not in stderr
+        return message
+
+    return call
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(out):
+    content = json.loads((out / "results.json").read_text())
+    content.pop("training_seconds")
+    return content
+
+
+def check_run(out, lines, prior, epochs=2, T=10):
+    files = FILES | (OF_DIFFUSION if prior == "diffusion" else set())
+    assert {path.name for path in out.iterdir()} == files
+    assert lines[-1].endswith(f"are in {out}")
+    for path in out.glob("*.png"):
+        with Image.open(path) as image:
+            low, high = image.convert("L").getextrema()
+        assert low < high, path
+
+    config = json.loads((out / "config.json").read_text())
+    assert (config["prior"], config["epochs"], config["dataset"]) == (prior, epochs, "digits")
+    metrics = table(out / "metrics.csv")
+    assert [int(row["epoch"]) for row in metrics] == list(range(1, epochs + 1))
+    found = results(out)
+    assert sum(found["terms"].values()) == pytest.approx(found["test_negative_elbo"], rel=1e-9)
+    assert {row["term"]: float(row["nats"]) for row in table(out / "terms.csv")} == found["terms"]
+    losses = [float(row["validation"]) for row in metrics]
+    assert found["best_epoch"] == 1 + losses.index(min(losses))
+    assert found["frechet"]["num_images"] == 40
+    assert f"{found['test_negative_elbo']:.2f} nats" in "\n".join(lines)
+    if prior == "diffusion":
+        rows = table(out / "kl_by_timestep.csv")
+        assert [int(row["t"]) for row in rows] == list(range(1, T + 1))
+        assert all(float(row["nats"]) > -1e-3 for row in rows)
+
+    vae, model_config = load_vae(out)
+    assert type(vae.prior).__name__.lower() == f"{prior}prior"
+    assert model_config.latent_dim == 2
+    sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in vae.named_children()}
+    assert found["parameters"] == sizes
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def test_a_run_from_the_command_line(arguments, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(RUN), *arguments(out, prior="diffusion")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_run(out, done.stdout.splitlines(), "diffusion")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "statistics"}
+
+
+def test_an_error_on_the_command_line(arguments, tmp_path):
+    command = [sys.executable, str(RUN), *arguments(tmp_path / "run", prior="vamp")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == ("error: unknown prior 'vamp': choose one of gaussian, flow, diffusion\n")
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "flow"])
+def test_other_priors(run, tmp_path, prior):
+    out = tmp_path / "run"
+    check_run(out, run(out, prior=prior), prior)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "ema": 0.9,
+            "lr_schedule": "constant",
+            "timesteps": "loss-aware",
+            "likelihood": "bernoulli",
+        },
+        {"estimator": "trace", "parameterization": "v", "likelihood": "categorical"},
+        {"estimator": "trace-kl", "reverse_variance": "beta_tilde", "precision": "float64"},
+        {"conditioning": "x", "schedule": "cosine", "likelihood": "discretized-logistic"},
+        {"weighting": "simple", "timesteps": "uniform", "likelihood": "gaussian-pixel"},
+        {"weighting": "paper", "timesteps": "all", "precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_every_option_runs(run, tmp_path, options):
+    lines = run(tmp_path / "run", epochs=1, **options)
+    check_run(tmp_path / "run", lines, "diffusion", epochs=1)
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "flow", "diffusion"])
+def test_the_smallest_run(run, tmp_path, prior):
+    one = {"epochs": 1, "limit": 1, "latent_dim": 1, "num_timesteps": 1, "width": 1, "k": 1}
+    run(tmp_path / "run", prior=prior, features="none", **one)
+    assert "frechet" not in results(tmp_path / "run")
+
+
+def test_a_run_on_a_folder_of_images(run, tmp_path, monkeypatch):
+    write_folder(tmp_path / "images", 20)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    data = {"dataset": "folder", "root": tmp_path / "images", "epochs": 1}
+    lines = run(tmp_path / "run", prior="gaussian", **data)
+    assert any("no FID will be computed" in line and "no network" in line for line in lines)
+    assert "frechet" not in results(tmp_path / "run")
+
+
+def test_the_default_directory_names_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = run(None, prior="gaussian", epochs=1, seed=3)
+    assert lines[-1].endswith(f"are in {Path('runs', 'digits-gaussian-s3')}")
+    assert Path("runs/digits-gaussian-s3/results.json").is_file()
+
+
+def test_help_is_the_manual(run, capsys):
+    with pytest.raises(SystemExit) as info:
+        run(None, "--help")
+    assert info.value.code == 0
+    text = capsys.readouterr().out
+    for name in (*FILES, *OF_DIFFUSION - {"kl_by_timestep.csv"}, "--resume", "--weighting"):
+        assert name in text
+
+
+# --- Resuming -------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_reported_again(run, tmp_path):
+    first = run(tmp_path / "run", prior="diffusion")
+    before = results(tmp_path / "run")
+    metrics = (tmp_path / "run" / "metrics.csv").read_bytes()
+    again = run(tmp_path / "run", "--resume", prior="diffusion")
+    assert again == first
+    assert results(tmp_path / "run") == before
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == metrics
+
+
+def test_a_run_that_was_killed_continues(run, arguments, tmp_path):
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    options = {"prior": "diffusion", "lr_schedule": "constant"}
+    command = [sys.executable, str(RUN), *arguments(killed, **options | {"epochs": 10_000})]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "checkpoint.pt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    # A file that was being written may be left, but every file with a name of ours is whole.
+    done = len(load_checkpoint(killed / "checkpoint.pt")["history"])
+    assert done >= 1
+
+    options |= {"epochs": done + 2}
+    run(killed, "--resume", **options)
+    run(straight, **options)
+    assert (killed / "metrics.csv").read_bytes() == (straight / "metrics.csv").read_bytes()
+    assert results(killed) == results(straight)
+
+
+def test_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Trainer, "validate", interrupt)
+    with pytest.raises(SystemExit, match="interrupted: continue with --resume"):
+        run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"k": 3}, "with k=3: the run was started with 2"),
+        ({"estimator": "trace"}, "with estimator='Trace_ELBO'"),
+        ({"limit": 30}, "with train_images=30: the run was started with 40"),
+        ({"prior": "gaussian"}, "with prior='gaussian'"),
+        ({"seed": 1}, "with seed=1"),
+        ({"epochs": 3}, "with epochs=3"),  # the learning rate depends on it
+    ],
+    ids=str,
+)
+def test_other_settings_cannot_resume(error_of, finished_run, options, match):
+    before = (finished_run / "config.json").read_bytes()
+    assert match in error_of(finished_run, "--resume", **{"epochs": 1} | options)
+    assert (finished_run / "config.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    options = TINY | {"device": "cpu", "batch-size": 20, "epochs": 1, "features": "none"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(RUN), "--quiet", *words, "--out", str(out)])
+        runpy.run_path(str(RUN), run_name="__main__")
+    pyro.enable_validation(True)
+    return out
+
+
+@pytest.mark.parametrize("broken", ["truncated", "empty", "text", "foreign"])
+def test_a_broken_checkpoint(error_of, finished_run, tmp_path, broken):
+    path, whole = tmp_path / "checkpoint.pt", (finished_run / "checkpoint.pt").read_bytes()
+    if broken == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        content = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"no\n"}
+        path.write_bytes(content[broken])
+    assert str(path) in error_of(tmp_path, "--resume", epochs=1)
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+ERRORS = [
+    ({"prior": "vamp"}, "unknown prior 'vamp'"),
+    ({"networks": "unet"}, "--networks"),
+    ({"networks": "paper"}, "32 or 64 pixels"),
+    ({"likelihood": "poisson"}, "'poisson'"),
+    ({"schedule": "sqrt"}, "unknown schedule 'sqrt'"),
+    ({"parameterization": "x"}, "unknown parameterization 'x'"),
+    ({"reverse_variance": "x"}, "unknown reverse_variance 'x'"),
+    ({"num_timesteps": 0}, "num_timesteps must be a whole number >= 1, got 0"),
+    ({"latent_dim": 0}, "latent_dim must be a whole number >= 1, got 0"),
+    ({"latent_dim": "two"}, "--latent-dim: invalid int value: 'two'"),
+    ({"width": 0}, "width must be a positive int, got 0"),
+    ({"estimator": "iwae"}, "unknown estimator 'iwae'"),
+    ({"timesteps": "some"}, "unknown timesteps 'some'"),
+    ({"k": 0}, "k must be a whole number >= 1, got 0"),
+    ({"conditioning": "y"}, "conditioning must be 'z_0' or 'x', got 'y'"),
+    ({"weighting": "vlb"}, "unknown weighting 'vlb'"),
+    ({"weighting": "simple", "conditioning": "x"}, "weighting='simple' is defined for"),
+    ({"weighting": "paper", "reverse_variance": "learned"}, "weighting='paper' is defined for"),
+    ({"epochs": 0}, "epochs must be positive and finite, got 0"),
+    ({"batch_size": 0}, "batch_size must be positive and finite, got 0"),
+    ({"lr": 0}, "lr must be positive and finite, got 0"),
+    ({"lr": "nan"}, "lr must be positive and finite, got nan"),
+    ({"lr": "inf"}, "lr must be positive and finite, got inf"),
+    ({"lr_schedule": "step"}, "--lr-schedule"),
+    ({"clip_norm": -1}, "clip_norm must be positive, got -1"),
+    ({"ema": 1.5}, "ema must be in [0, 1), got 1.5"),
+    ({"seed": 2**70}, f"seed must be in [0, 2^63), got {2**70}"),
+    ({"precision": "float16"}, "--precision"),
+    ({"device": "tpu"}, "--device"),
+    ({"dataset": "imagenet"}, "--dataset"),
+    ({"image_size": 7}, "the digits are 8x8 grey images"),
+    ({"limit": 0}, "limit must be at least 1, not 0"),
+    ({"limit": 1}, "needs at least 2 images"),
+    ({"num_images": 0}, "needs at least 2 images, got --num-images 0"),
+    ({"num_images": 1}, "needs at least 2 images, got --num-images 1"),
+    ({"num_images": -5}, "needs at least 2 images, got --num-images -5"),
+    ({"features": "vgg"}, "--features"),
+]
+
+
+@pytest.mark.parametrize("options, match", ERRORS, ids=lambda value: str(value)[:60])
+def test_errors(error_of, tmp_path, options, match):
+    assert match in error_of(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_data_and_weights(error_of, tmp_path, monkeypatch):
+    missing, folder, images = tmp_path / "missing", tmp_path / "folder", tmp_path / "images"
+    write_folder(folder, 1)
+    write_folder(images, 20)
+    text = tmp_path / "text.pth"
+    text.write_text("no weights")
+    for options, match in [
+        ({"dataset": "folder", "root": missing}, "is not a folder"),
+        ({"dataset": "folder", "root": folder}, "holds 1 images"),
+        ({"dataset": "folder", "root": images, "image_size": 7}, "H = W in 8, 16, 28, 32, 64"),
+        ({"dataset": "folder", "root": text}, "is not a folder"),
+        *(
+            ({"dataset": name, "root": missing}, f"--dataset {name}: could not read it")
+            for name in ("mnist", "fashion-mnist", "cifar10", "celeba")
+        ),
+        ({"features": "inception", "fid_weights": missing}, "no Inception weights at"),
+        ({"features": "inception", "fid_weights": text}, "does not hold"),
+        ({"features": "pixels", "fid_weights": text}, "for features 'inception' only"),
+    ]:
+        options = {"features": "none"} | options
+        assert match in error_of(tmp_path / "run", "--no-download", **options), options
+        assert not (tmp_path / "run").exists()
+
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    message = error_of(tmp_path / "run", features="inception")
+    assert "--features inception" in message and "no network" in message
+
+
+def test_errors_of_the_directory(error_of, finished_run, tmp_path):
+    assert "holds a run already" in error_of(finished_run)
+    assert "no checkpoint at" in error_of(tmp_path / "run", "--resume")
+    (tmp_path / "file").write_text("")
+    assert "is a file: choose a folder" in error_of(tmp_path / "file")
+    assert "Not a directory" in error_of(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device(error_of, tmp_path):
+    assert "no CUDA device is available" in error_of(tmp_path / "run", device="cuda")
+
+
+@pytest.mark.parametrize("flags", [(), ("--validate",)], ids=str)
+def test_a_run_that_diverges(error_of, tmp_path, flags):
+    message = error_of(tmp_path / "run", *flags, lr=1e30, batch_size=5)
+    if not flags:
+        assert "is not finite" in message and "try a smaller lr" in message
