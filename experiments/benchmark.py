@@ -43,8 +43,9 @@ import torch
 from by_hand import ByHand, check_equal
 from torch import Tensor, nn
 
-from pyro_vaediff.build import ModelConfig, make_vae
+from pyro_vaediff.build import make_vae
 from pyro_vaediff.checkpoint import write_atomically, write_csv
+from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.svi import SVI, TorchOptim, per_datum
 from pyro_vaediff.vae import VAE

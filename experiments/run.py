@@ -34,14 +34,14 @@ from pathlib import Path
 import pyro
 import torch
 
-from pyro_vaediff.build import ModelConfig
 from pyro_vaediff.checkpoint import write_atomically
+from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import DATASETS, load
 from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo
 from pyro_vaediff.metrics import EXTRACTORS, load_extractor
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.report import report
-from pyro_vaediff.training import CHECKPOINT, NonFiniteError, TrainConfig, Trainer
+from pyro_vaediff.training import CHECKPOINT, NonFiniteError, Trainer
 
 # What a setting is if it is not given. The paper's, where it has a say.
 DEFAULTS: dict[str, dict[str, object]] = {

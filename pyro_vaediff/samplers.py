@@ -48,6 +48,7 @@ def trajectory(
         The times of the frames, with shape :math:`(F,)`, and the latents, with shape
         :math:`(F, N, D)`. There are fewer frames if the chain is shorter.
     """
+    check_diffusion(prior)
     check_num_samples(num_samples)
     check_num_frames(num_frames)
     with pyro.get_param_store().scope(), pyro.plate("samples", num_samples):
@@ -79,6 +80,7 @@ def ddim(prior: DiffusionPrior, num_samples: int, num_steps: int = 50, eta: floa
         | Denoising Diffusion Implicit Models (Song et al., 2021), equation (12)
         | https://arxiv.org/abs/2010.02502
     """
+    check_diffusion(prior)
     check_num_samples(num_samples)
     T = prior.num_timesteps
     if not 1 <= num_steps <= T:
@@ -131,6 +133,11 @@ def interpolate(vae: VAE, x: Tensor, y: Tensor, num_frames: int = 8) -> Tensor:
     start, end = vae.encode(x).mean, vae.encode(y).mean
     weights = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
     return vae.decode(torch.lerp(start, end, weights[:, None, None])).mean
+
+
+def check_diffusion(prior: Prior) -> None:
+    if not isinstance(prior, DiffusionPrior):
+        raise ValueError(f"prior must be a DiffusionPrior, got {type(prior).__name__}: use sample")
 
 
 def check_num_samples(num_samples: int) -> None:

@@ -3,7 +3,7 @@ r"""Training with Pyro's SVI: minibatches, validation, the best model, checkpoin
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .build import ModelConfig, make_vae
+from .build import make_vae
 from .checkpoint import load_checkpoint, save_checkpoint, write_csv
+from .config import ModelConfig, TrainConfig
 from .data import ImageData, batches
 from .evaluation import evaluate, preprocess
 from .infer import Timestep_ELBO
@@ -23,58 +24,13 @@ from .priors import DiffusionPrior
 from .svi import SVI, TorchOptim, per_datum
 from .vae import VAE
 
-__all__ = ["NonFiniteError", "TrainConfig", "Trainer", "load_vae"]
+__all__ = ["NonFiniteError", "Trainer", "load_vae"]
 
 CHECKPOINT, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.csv"
 
 
 class NonFiniteError(RuntimeError):
     r"""A loss or a gradient that is NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    r"""The settings of a training run.
-
-    Arguments:
-        epochs: The number of passes over the training images.
-        batch_size: The number of images per step.
-        lr: The learning rate of Adam.
-        lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step).
-        clip_norm: The largest global norm of the gradient of the loss in nats per datum.
-        ema: The decay of an exponential moving average of the weights, which then is what is
-            evaluated and kept; 0 for none.
-        precision: ``"float32"``, ``"float64"``, or ``"bf16"`` for autocast of the convolutions.
-        seed: The seed of everything random.
-    """
-
-    epochs: int = 100
-    batch_size: int = 100
-    lr: float = 5e-4
-    lr_schedule: str = "constant"
-    clip_norm: float | None = 100.0
-    ema: float = 0.0
-    precision: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        for name, choices in (
-            ("lr_schedule", ("constant", "cosine")),
-            ("precision", ("float32", "float64", "bf16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}"
-                )
 
 
 class Trainer:
@@ -128,6 +84,8 @@ class Trainer:
         if train_config.ema:
             average = get_ema_multi_avg_fn(train_config.ema)
             self.average = AveragedModel(self.vae, multi_avg_fn=average, use_buffers=True)
+        # Whatever draws random numbers between here and `fit` does not change the run.
+        self._rng = self.rng_state()
 
     # Training -------------------------------------------------------------------------------------
 
@@ -143,6 +101,7 @@ class Trainer:
         Raises:
             NonFiniteError: If the loss or its gradient is NaN or infinite.
         """
+        self.set_rng_state(self._rng)
         total, done = self.config.epochs, len(self.history)
         bar = tqdm(
             total=total * self.steps_per_epoch,
@@ -163,6 +122,7 @@ class Trainer:
                         f"{self.whereabouts()}"
                     )
                 self.history.append(record)
+                self._rng = self.rng_state()
                 self.save()
         return self.best_model()
 
@@ -275,15 +235,26 @@ class Trainer:
             "vae": self.vae.state_dict(),
             "best": self._best,
             "optim": self.optim.get_state(),
-            "rng": torch.get_rng_state(),
+            "rng": self._rng,
         }
         if self.average is not None:
             state["average"] = self.average.state_dict()
         if isinstance(self.elbo, Timestep_ELBO):
             state["elbo"] = self.elbo.state_dict()
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
+
+    def rng_state(self) -> dict[str, Tensor]:
+        r"""Returns the states of the random number generators that a run draws from."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_rng_state(self, state: dict[str, Tensor]) -> None:
+        r"""Restores what :meth:`rng_state` returned."""
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
 
     def resume(self) -> None:
         r"""Continues from the checkpoint in the run directory, as if the run had never stopped.
@@ -312,9 +283,7 @@ class Trainer:
         if isinstance(self.elbo, Timestep_ELBO):
             self.elbo.load_state_dict(state.get("elbo", {}))
         self.history, self._best = state["history"], state["best"]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self._rng = state["rng"]
 
 
 def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, ModelConfig]:

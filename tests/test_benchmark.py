@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_vaediff.build import ModelConfig, make_vae
+from pyro_vaediff.build import make_vae
+from pyro_vaediff.config import ModelConfig
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "benchmark.py"
 

@@ -13,7 +13,7 @@ ROOT = Path(pyro_vaediff.__file__).parent
 
 # A module may import from the layers above its own in this list, and from its own package.
 LAYERS = (
-    {"schedules", "register", "distributions", "checkpoint"},
+    {"schedules", "register", "distributions", "checkpoint", "config"},
     {"diffusion", "nn"},
     {"likelihoods"},
     {"priors"},

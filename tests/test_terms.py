@@ -12,7 +12,8 @@ from linear_gaussian import LinearGaussian, linear_gaussian_vae
 from oracles import Oracle
 
 from pyro_vaediff import VAE, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.build import ModelConfig, make_vae
+from pyro_vaediff.build import make_vae
+from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluation import evaluate, preprocess
 from pyro_vaediff.infer import check_mean_field, elbo_terms, make_elbo

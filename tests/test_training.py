@@ -13,11 +13,12 @@ from errors import one_line_value_error
 from pyro.infer import Trace_ELBO
 
 from pyro_vaediff import Timestep_ELBO, build, training
-from pyro_vaediff.build import ModelConfig, make_vae
+from pyro_vaediff.build import make_vae
 from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint
+from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluation import evaluate, preprocess
-from pyro_vaediff.training import NonFiniteError, TrainConfig, Trainer, load_vae
+from pyro_vaediff.training import NonFiniteError, Trainer, load_vae
 
 
 @pytest.fixture(scope="module")
@@ -509,3 +510,14 @@ def test_a_weighting_is_checked_before_training(make_trainer, model, conditionin
     elbo = Timestep_ELBO(weighting="simple", conditioning=conditioning)
     with one_line_value_error("weighting='simple' is defined for"):
         make_trainer(elbo=elbo, model=model)
+
+
+def test_a_run_does_not_depend_on_what_others_draw(make_trainer):
+    runs = []
+    for draws in (0, 7):
+        trainer = make_trainer(2, out=None)
+        torch.randn(draws)
+        trainer.fit(progress=False)
+        runs.append(trainer)
+    assert runs[0].history == runs[1].history
+    assert_same(weights(runs[0].vae), weights(runs[1].vae))
