@@ -3,6 +3,7 @@ r"""Configuration of Sphinx: ``sphinx-build -W -b html docs docs/_build/html``."
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ exclude_patterns = ["_build", "jupyter_execute"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+# The pages compute with small tensors, for which threads cost more than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars, and that they lack widgets
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]

@@ -304,6 +304,8 @@ def test_errors(vae):
         (lambda: ddim(prior, 1, num_steps=11)): "num_steps must be between 1 and T = 10, got 11",
         (lambda: ddim(prior, 1, 5, eta=-0.1)): r"eta must be in \[0, 1\], got -0.1",
         (lambda: ddim(prior, 1, 5, eta=1.1)): r"eta must be in \[0, 1\], got 1.1",
+        (lambda: ddim(GaussianPrior(2), 1)): "prior must be a DiffusionPrior, got GaussianPrior",
+        (lambda: trajectory(FlowPrior(2), 1)): "prior must be a DiffusionPrior, got FlowPrior",
         (lambda: interpolate(vae, x, x, num_frames=1)): "num_frames must be at least 2, got 1",
         (lambda: vae.model(num_samples=0)): "num_samples must be at least 1, got 0",
     }.items():
