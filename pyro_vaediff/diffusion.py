@@ -98,7 +98,7 @@ def q_marginal(schedule: Schedule, start: Start, t: int | Tensor) -> dist.Indepe
         >>> schedule = Schedule(torch.tensor([0.36]))
         >>> q = q_marginal(schedule, torch.tensor([10.0]), t=1)
         >>> q.mean, q.stddev
-        (tensor([8.0000]), tensor([0.6000]))
+        (tensor([8.]), tensor([0.6000]))
     """
     m, s2 = gaussian_moments(start)
     alpha_bar = at_time(schedule.alphas_cumprod, t)

@@ -160,7 +160,7 @@ class CosineSchedule(Schedule):
 
     Example:
         >>> CosineSchedule(4).alphas_cumprod
-        tensor([1.0000e+00, 8.4712e-01, 4.9384e-01, 1.4427e-01, 1.4427e-04])
+        tensor([1.0000e+00, 8.4701e-01, 4.9384e-01, 1.4427e-01, 1.4427e-04])
     """
 
     def __init__(self, num_timesteps: int = 1000, offset: float = 0.008, beta_max: float = 0.999):

@@ -196,15 +196,16 @@ def test_paper_decoder_has_the_counted_parameters(size, count):
     assert decoder(torch.zeros(2, 40)).event_shape == (3, size, size)
 
 
-def test_default_encoder_has_the_counted_parameters():
-    # 8 pixels, w = 32: 3 x 3 convolution 1-32, 4 x 4 convolution 32-64 with GroupNorm, head.
-    count = (9 * 32 + 32) + (16 * 32 * 64 + 64 + 128) + (64 * 16 * 4 + 4)
-    assert num_parameters(ConvEncoder((1, 8, 8), 2)) == count
+@pytest.mark.parametrize(("options", "norms"), [({}, 0), ({"norm": "group"}, 1)])
+def test_encoder_has_the_counted_parameters(options, norms):
+    # 8 pixels, w = 32: 3 x 3 convolution 1-32, 4 x 4 convolution 32-64 and its norm, head.
+    count = (9 * 32 + 32) + (16 * 32 * 64 + 64 + norms * 128) + (64 * 16 * 4 + 4)
+    assert num_parameters(ConvEncoder((1, 8, 8), 2, **options)) == count
     # 64 pixels, w = 32: 3-32-64-128-256; the channels stop at 8w.
     convolutions = 16 * (3 * 32 + 32 * 64 + 64 * 128 + 128 * 256) + 32 + 64 + 128 + 256
-    norms = 2 * (64 + 128 + 256)
     head = 256 * 16 * 80 + 80
-    assert num_parameters(ConvEncoder((3, 64, 64), 40)) == convolutions + norms + head
+    count = convolutions + norms * 2 * (64 + 128 + 256) + head
+    assert num_parameters(ConvEncoder((3, 64, 64), 40, **options)) == count
 
 
 @pytest.mark.parametrize("name", ["gaussian", "gaussian-fixed"])

@@ -3,20 +3,12 @@ r"""Convolutional encoders and decoders in the manner of DCGAN, for images of 8 
 The encoder halves the image with strided convolutions down to 4 x 4 features and reads the
 posterior off them with a linear layer; the decoder is its mirror image. Three choices are ours:
 
-- The default norm is GroupNorm, which treats each example alone. BatchNorm (`norm="batch"`, the
-  DCGAN's) couples the examples of a batch: then there is no ELBO "of one datum" in train mode.
+- There is no norm by default. GroupNorm (`norm="group"`) treats each example alone as well, but
+  networks of this depth train faster without. BatchNorm (`norm="batch"`, the norm of DCGAN) couples
+  the examples of a batch in training: then "the ELBO of one datum" is not defined.
 - No norm follows the layer that sees the image (as in DCGAN). In the decoder, GroupNorm does not
-  follow the layer that sees the latent either: it would divide the length of z out again.
-- The activation is SiLU, smooth and at ease after a norm. SELU, which the 2021 code used,
-  normalises by itself, which only has a point in networks without a norm.
-
-References:
-    | Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks
-      (Radford et al., 2016)
-    | https://arxiv.org/abs/1511.06434
-
-    | Group Normalization (Wu & He, 2018)
-    | https://arxiv.org/abs/1803.08494
+  follow the layer that sees the latent either: it would divide out the length of the latent.
+- The activation is SiLU. SELU, which the 2021 code used, takes many times longer on a CPU.
 """
 
 from __future__ import annotations
