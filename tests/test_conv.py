@@ -102,8 +102,9 @@ def change_of_others(module, inputs):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_examples_are_independent_by_default(device, size):
-    encoder, decoder = make_pair(device, size)
+@pytest.mark.parametrize("options", [{}, {"norm": "group"}])
+def test_examples_are_independent(device, size, options):
+    encoder, decoder = make_pair(device, size, **options)
     x, z = torch.randn(4, 1, size, size, device=device), torch.randn(4, 3, device=device)
     assert encoder.training and decoder.training
     assert change_of_others(encoder, x) < 1e-6
@@ -120,8 +121,9 @@ def test_batch_norm_couples_examples_in_train_mode_only(device):
 
 
 @pytest.mark.parametrize("size", [8, 32])
-def test_decoder_sees_the_length_of_the_latent(device, size):
-    _, decoder = make_pair(device, size, latent_dim=40)
+@pytest.mark.parametrize("options", [{}, {"norm": "group"}])
+def test_decoder_sees_the_length_of_the_latent(device, size, options):
+    _, decoder = make_pair(device, size, latent_dim=40, **options)
     z = torch.randn(32, 40, device=device)
     near, far = decoder(z).mean, decoder(3 * z).mean
     # A GroupNorm right after the latent would leave a change of 0.12 standard deviations here.

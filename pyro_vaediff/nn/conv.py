@@ -9,6 +9,14 @@ posterior off them with a linear layer; the decoder is its mirror image. Three c
 - No norm follows the layer that sees the image (as in DCGAN). In the decoder, GroupNorm does not
   follow the layer that sees the latent either: it would divide out the length of the latent.
 - The activation is SiLU. SELU, which the 2021 code used, takes many times longer on a CPU.
+
+References:
+    | Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks
+      (Radford et al., 2016)
+    | https://arxiv.org/abs/1511.06434
+
+    | Group Normalization (Wu & He, 2018)
+    | https://arxiv.org/abs/1803.08494
 """
 
 from __future__ import annotations
