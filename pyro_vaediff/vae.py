@@ -50,19 +50,10 @@ class VAE(nn.Module):
         Returns:
             The images, with shape :math:`(B, C, H, W)`.
         """
-        if x is not None:
-            check_images(x)
-        elif num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         register("decoder", self.decoder)
-        with pyro.plate("data", num_samples if x is None else len(x), dim=-1):
+        with pyro.plate("data", count(x, num_samples), dim=-1):
             p_x = self.decoder(self.prior.model())
-            if x is not None and x.shape[1:] != p_x.event_shape:
-                raise ValueError(
-                    f"x must have shape (B, {', '.join(map(str, p_x.event_shape))}) as the "
-                    f"decoder's images do, got {tuple(x.shape)}"
-                )
-            return pyro.sample("x", p_x, obs=x)
+            return pyro.sample("x", p_x, obs=check_shape(x, p_x.event_shape))
 
     def guide(self, x: Tensor) -> Tensor:
         r"""The inference program: encoder posterior, then the prior's own guide.
@@ -73,9 +64,8 @@ class VAE(nn.Module):
         Returns:
             The latents :math:`z_0`, with shape :math:`(B, D)`.
         """
-        check_images(x)
         register("encoder", self.encoder)
-        with pyro.plate("data", len(x), dim=-1):
+        with pyro.plate("data", count(x), dim=-1):
             return self.prior.guide(self.encoder(x))
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
@@ -87,8 +77,12 @@ class VAE(nn.Module):
         return self.decoder(z_0)
 
 
-def check_images(x: Tensor) -> None:
-    r"""Raises a ``ValueError`` unless ``x`` is a batch of finite floating-point images."""
+def count(x: Tensor | None, num_samples: int = 1) -> int:
+    r"""Returns the number of images, after a look at whether they are images."""
+    if x is None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        return num_samples
     if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
         raise ValueError(
             f"x must be a non-empty batch of floating-point images, got {x.dtype} of shape "
@@ -97,3 +91,14 @@ def check_images(x: Tensor) -> None:
     # Reading the values waits for the device: like Pyro's own checks, only under validation.
     if is_validation_enabled() and not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite pixels: remove or repair these images")
+    return len(x)
+
+
+def check_shape(x: Tensor | None, event_shape: torch.Size) -> Tensor | None:
+    r"""Returns the images, if they have the shape of those that the decoder makes."""
+    if x is not None and x.shape[1:] != event_shape:
+        raise ValueError(
+            f"x must have shape (B, {', '.join(map(str, event_shape))}) as the decoder's images "
+            f"do, got {tuple(x.shape)}"
+        )
+    return x
