@@ -75,13 +75,15 @@ class Collapse(Messenger):
         constant = self.weighting.constant(prior, self.conditioning)
         if constant:
             pyro.factor("constant", prior.origin.new_full((), -constant))
+        p_T, T = prior.standard_normal(), prior.num_timesteps
         with poutine.mask(mask=self.weighting.keep_z_T):
-            z_T = pyro.sample(f"z_{prior.num_timesteps}", prior.standard_normal())
-        z_1 = z_T if prior.num_timesteps == 1 else nuisance("z_1", prior.standard_normal())
+            z_T = pyro.sample(f"z_{T}", p_T)
+        # Nuisances have no law in the model. Their distributions only say which shape they have.
+        z_1 = z_T if T == 1 else nuisance("z_1", p_T)
         for chunk, t in self.timesteps(prior):
-            z_t = nuisance(f"z_t{chunk}", prior.standard_normal())
+            z_t = nuisance(f"z_t{chunk}", p_T)
             p_s = prior.reverse(z_t, t)
-            pyro.sample(f"z_s{chunk}", self.rescale(prior, p_s.mean, p_s.variance, t))
+            pyro.sample(f"z_s{chunk}", self.rescale(prior, p_s.mean, p_s.stddev, t))
         with poutine.mask(mask=self.weighting.keep_z_0):
             return pyro.sample("z_0", prior.reverse(z_1, 1))
 
@@ -95,7 +97,8 @@ class Collapse(Messenger):
         z_1 = z_T if T == 1 else nuisance("z_1", q_marginal(schedule, start, 1))
         for chunk, t in self.timesteps(prior):
             z_t = nuisance(f"z_t{chunk}", q_marginal(schedule, start, t))
-            q_s = self.rescale(prior, *q_reverse_moments(schedule, start, z_t, t), t)
+            loc, variance = q_reverse_moments(schedule, start, z_t, t)
+            q_s = self.rescale(prior, loc, variance.sqrt(), t)
             pyro.sample(f"z_s{chunk}", q_s, infer=dict(legal))
         if self.conditioning == "z_0":
             return start
@@ -125,11 +128,11 @@ class Collapse(Messenger):
                 yield "", t
 
     def rescale(
-        self, prior: DiffusionPrior, loc: Tensor, variance: Tensor, t: Tensor
+        self, prior: DiffusionPrior, loc: Tensor, scale: Tensor, t: Tensor
     ) -> dist.TorchDistribution:
         r"""Returns a reverse kernel, at the common scale of the weighting if it has one."""
         scales = self.weighting.common_scales(prior, self.conditioning)
-        return normal(loc, variance.sqrt() if scales is None else at_time(scales, t))
+        return normal(loc, scale if scales is None else at_time(scales, t))
 
 
 def nuisance(name: str, fn: dist.TorchDistribution) -> Tensor:
