@@ -25,7 +25,6 @@ A run that was stopped continues with ``--resume``, as if it had never stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -34,7 +33,7 @@ from pathlib import Path
 import pyro
 import torch
 
-from pyro_vaediff.checkpoint import write_atomically
+from pyro_vaediff.checkpoint import write_json
 from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import DATASETS, load
 from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo
@@ -221,8 +220,7 @@ def main(argv: list[str] | None = None) -> None:
 
     config = asdict(model_config) | asdict(train_config) | {"estimator": args.estimator} | options
     config |= {"dataset": args.dataset, "device": str(device), "torch": torch.__version__}
-    text = json.dumps(config, indent=2)
-    write_atomically(args.out / "config.json", lambda file: file.write(text.encode()))
+    write_json(args.out / "config.json", config)
     counts = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in trainer.vae.named_children()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["load_checkpoint", "save_checkpoint", "write_atomically", "write_csv"]
+__all__ = ["load_checkpoint", "save_checkpoint", "write_atomically", "write_csv", "write_json"]
 
 FORMAT = "pyro_vaediff checkpoint, version 1"
 
@@ -52,6 +53,17 @@ def write_csv(path: str | Path, records: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(records)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    r"""Writes a record of numbers and texts, indented to be read.
+
+    Arguments:
+        path: The path of the file.
+        record: The record.
+    """
+    text = json.dumps(record, indent=2)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:

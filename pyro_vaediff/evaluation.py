@@ -72,8 +72,6 @@ def evaluate(
             for batch in tqdm(loader, "evaluation", length, leave=False, disable=not progress):
                 x = preprocess(vae, batch, levels)
                 for name, term in differentiable_terms(elbo, vae.model, vae.guide, x).items():
-                    # Chunks of the sum over timesteps are one term.
-                    name = "z_s" if name.startswith("z_s[") else name
                     totals[name] = totals.get(name, 0.0) + term.double() / len(images)
     finally:
         vae.train(training)

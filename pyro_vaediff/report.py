@@ -2,7 +2,6 @@ r"""What a run leaves to read: results, tables and pictures."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import plotting
-from .checkpoint import write_atomically, write_csv
+from .checkpoint import write_csv, write_json
 from .data import ImageData
 from .evaluation import evaluate, preprocess
 from .infer import Timestep_ELBO, elbo_terms
@@ -77,8 +76,7 @@ def report(
             )
         )
     results |= extra or {}
-    text = json.dumps(results, indent=2)
-    write_atomically(out / "results.json", lambda file: file.write(text.encode()))
+    write_json(out / "results.json", results)
     write_csv(out / "terms.csv", [{"term": name, "nats": value} for name, value in terms.items()])
     plotting.plot_elbo_terms(terms, out / "terms.png", "Negative ELBO of the test images")
     plotting.plot_history(history, out / "history.png")

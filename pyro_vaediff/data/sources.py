@@ -2,7 +2,6 @@ r"""Where the images come from: each function returns the train, validation and 
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint import write_atomically
 from .files import SUFFIXES, decode_files, find_images, to_array
 
 Splits = tuple[Tensor, Tensor, Tensor]
@@ -206,13 +206,8 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write_cache(path: Path, images: np.ndarray) -> None:
-    # The name appears only once the file is whole. A read-only folder costs time, not the run.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # A read-only folder costs time, not the run.
     try:
-        with open(partial, "wb") as file:
-            np.save(file, images, allow_pickle=False)
-        os.replace(partial, path)
+        write_atomically(path, lambda file: np.save(file, images, allow_pickle=False))
     except OSError as error:
         warnings.warn(f"could not cache the decoded images as {path} ({error})", stacklevel=2)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -59,13 +59,8 @@ def elbo_terms(
     for traces in elbo._get_traces(model, guide, args, kwargs):
         particle = defaultdict(list)
         for name, term in elbo.site_terms(*traces):
-            particle[chunkless(name)].append(term)
+            particle[name].append(term)  # once per chunk of a sum over timesteps
         for name, chunks in particle.items():
             term = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
             totals[name] = totals.get(name, 0.0) + term / elbo.num_particles
     return totals
-
-
-def chunkless(name: str) -> str:
-    r"""Returns ``"z_s"`` for the sites ``"z_s[2:66]"``, ``"z_s[66:130]"``, … of a chunked sum."""
-    return "z_s" if name.startswith("z_s[") else name

@@ -234,7 +234,8 @@ class Timestep_ELBO(TraceKL_ELBO):
             if name == "z_s" and self.proposal is not None and torch.is_grad_enabled():
                 kl = term.detach() / guide_trace.nodes[name]["scale"]
                 self._seen.append((guide_trace.nodes["t"]["value"], kl))
-            yield name, term
+            # The chunks of an exact sum are parts of one term.
+            yield "z_s" if name.startswith("z_s[") else name, term
 
     def state_dict(self) -> dict[str, Tensor]:
         r"""Returns what the proposal has learned, for checkpoints."""

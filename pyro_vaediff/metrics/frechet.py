@@ -25,8 +25,6 @@ References:
 
 from __future__ import annotations
 
-import os
-import uuid
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..checkpoint import write_atomically
 
 __all__ = ["FeatureStatistics", "feature_statistics", "frechet_distance"]
 
@@ -144,15 +144,8 @@ class FeatureStatistics:
         Arguments:
             path: The file to write.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, mu=self.mean.numpy(), sigma=self.cov.numpy(), count=self.count)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        arrays = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "count": self.count}
+        write_atomically(path, lambda file: np.savez(file, **arrays))
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:

@@ -99,7 +99,6 @@ def reference_statistics(
     statistics = image_statistics(batches, extractor)
 
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(path)
 
     return statistics
