@@ -2,7 +2,8 @@ r"""The loss of ``Timestep_ELBO`` for a VAE with a diffusion prior, written with
 
 ``benchmark.py`` compares its cost with that of the programs. It has neither distributions nor
 effect handlers, and no choice: a Gaussian likelihood with a shared scale, the ``beta`` reverse
-variance, KLs given z_0, and low-discrepancy timesteps from the importance proposal.
+variance, KLs given z_0, and low-discrepancy timesteps from the importance proposal, in pairs with
+mirrored noise, and the path derivative of the entropy.
 """
 
 from __future__ import annotations
@@ -49,17 +50,18 @@ class ByHand:
         self.cdf = cdf / cdf[-1]
 
     def draw_timesteps(self, batch_size: int) -> Tensor:
-        n = self.k * batch_size
+        n = self.k // 2 * batch_size
         u = torch.arange(n, dtype=torch.float64, device=self.cdf.device) / n
         u = (u + torch.rand((), dtype=torch.float64, device=self.cdf.device)) % 1
-        index = torch.searchsorted(self.cdf, u.reshape(self.k, batch_size), right=True)
-        return 2 + index.clamp(max=len(self.cdf) - 1)
+        index = torch.searchsorted(self.cdf, u.reshape(-1, batch_size), right=True)
+        return 2 + index.clamp(max=len(self.cdf) - 1).repeat(2, 1)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r"""Draws the noise of z_0, of z_1 and of the z_t, and the timesteps t."""
         shape = (len(x), self.vae.prior.latent_dim)
-        eps_0, eps_1, eps_t = (x.new_empty(s).normal_() for s in (shape, shape, (self.k, *shape)))
-        return eps_0, eps_1, eps_t, self.draw_timesteps(len(x))
+        shapes = (shape, shape, (self.k // 2, *shape))
+        eps_0, eps_1, eps_t = (x.new_empty(s).normal_() for s in shapes)
+        return eps_0, eps_1, torch.cat([eps_t, -eps_t]), self.draw_timesteps(len(x))
 
     def reverse_mean(self, z: Tensor, t: int | Tensor) -> Tensor:
         return self.root_alpha[t] * z - self.gain[t] * self.vae.prior.denoiser(z, t)
@@ -71,7 +73,8 @@ class ByHand:
         loc, raw = encoder.head(encoder.features(x)).chunk(2, dim=-1)
         scale = bounded_scale(raw, encoder.min_scale, encoder.max_scale)
         z_0 = loc + scale * eps_0
-        negative_entropy = -(scale.log() + (1 + log_2pi) / 2).sum()
+        error = (z_0 - loc.detach()) / scale.detach()  # the path derivative of log q(z_0 | x)
+        log_q = -(error.square() / 2 + scale.detach().log() + log_2pi / 2).sum()
 
         v_T = self.noise[T].square()
         kl_T = (self.root_alpha_bar[T].square() * z_0.square() + v_T - 1 - v_T.log()).sum() / 2
@@ -90,7 +93,7 @@ class ByHand:
         error = (x - decoder.maps(z_0)) / sigma
         reconstruction = error.square().sum() / 2 + x.numel() * (sigma.log() + log_2pi / 2)
 
-        terms = reconstruction + negative_entropy + kl_T + kls + first
+        terms = reconstruction + log_q + kl_T + kls + first
         return terms / len(x) + self.constant
 
 
@@ -119,9 +122,9 @@ def check_equal(vae: VAE, x: Tensor, k: int = 8) -> None:
         if not error.abs() < 1e-10:
             raise RuntimeError(f"SVI and the loop by hand differ in the {name}, by {error:.1e}")
 
-    proposal = Timesteps(by_hand.probs, 2, low_discrepancy=True).expand((k, len(x)))
+    proposal = Timesteps(by_hand.probs, 2, low_discrepancy=True).expand((k // 2, len(x)))
     torch.manual_seed(0)
-    timesteps = proposal.sample()
+    timesteps = proposal.sample().repeat(2, 1)
     torch.manual_seed(0)
     if not torch.equal(timesteps, by_hand.draw_timesteps(len(x))):
         raise RuntimeError("SVI and the loop by hand draw other timesteps")

@@ -11,6 +11,7 @@ The run directory (``--out``) then holds
     config.json             the settings
     metrics.csv             the terms of the training loss and the validation loss, by epoch
     checkpoint.pt, best.pt  the state of the run, and the best model by validation
+    epoch-N.pt              the model after N epochs, for each N in --snapshots
     results.json            the test results: everything that was printed at the end
     terms.csv               the negative ELBO of the test images, term by term
     samples.png             samples of the prior, decoded
@@ -104,6 +105,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     elbo.add_argument(
         "--conditioning", default="z_0", help="what the KLs are given: z_0, x (%(default)s)"
     )
+    elbo.add_argument(
+        "--no-antithetic", action="store_true", help="independent noise in place of mirrored pairs"
+    )
+    elbo.add_argument(
+        "--entropy",
+        default="path",
+        help="of q(z_0 | x): path for its path derivative, or exact (%(default)s)",
+    )
+    elbo.add_argument(
+        "--num-particles", type=int, default=1, help="draws of z_0 per datum (%(default)s)"
+    )
     elbo.add_argument("--weighting", default="elbo", help=", ".join(WEIGHTINGS) + " (%(default)s)")
 
     training = parser.add_argument_group("training")
@@ -129,6 +141,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     training.add_argument("--out", type=Path, help="run directory (runs/DATASET-PRIOR-sSEED)")
+    training.add_argument(
+        "--snapshots",
+        type=int,
+        nargs="*",
+        default=(),
+        metavar="EPOCH",
+        help="epochs whose model is kept as epoch-N.pt, 0: its initialization",
+    )
     training.add_argument("--resume", action="store_true", help="continue the run in --out")
     training.add_argument("--validate", action="store_true", help="check every distribution (slow)")
     training.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -211,10 +231,15 @@ def main(argv: list[str] | None = None) -> None:
         **{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__}
     )
     options = {
-        name: getattr(args, name) for name in ("timesteps", "k", "conditioning", "weighting")
-    }
-    elbo = make_elbo(args.estimator, **options)
-    trainer = Trainer(model_config, train_config, elbo, data, device, args.out)
+        name: getattr(args, name)
+        for name in ("timesteps", "k", "conditioning", "weighting", "entropy", "num_particles")
+    } | {"antithetic": not args.no_antithetic}
+    if args.num_particles < 1:
+        raise ValueError(f"--num-particles must be at least 1, got {args.num_particles}")
+    # In one plate outside of those of the data and of the timesteps.
+    plate = {"vectorize_particles": True, "max_plate_nesting": 3} if args.num_particles > 1 else {}
+    elbo = make_elbo(args.estimator, **options, **plate)
+    trainer = Trainer(model_config, train_config, elbo, data, device, args.out, args.snapshots)
     if args.resume:
         trainer.resume()
 

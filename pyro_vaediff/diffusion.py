@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .schedules import Schedule
 
-__all__ = ["at_time", "gaussian_moments", "q_marginal", "q_reverse", "q_step"]
+__all__ = ["at_time", "base_normal", "gaussian_moments", "q_marginal", "q_reverse", "q_step"]
 
 Start: TypeAlias = "Tensor | dist.TorchDistribution"
 
@@ -64,15 +64,33 @@ def gaussian_moments(start: Start) -> tuple[Tensor, Tensor]:
     """
     if isinstance(start, Tensor):
         return start, start.new_zeros(())
-    base = start
-    while isinstance(base, torch.distributions.Independent | dist.ExpandedDistribution):
-        base = base.base_dist
-    if not isinstance(base, torch.distributions.Normal):
+    base = base_normal(start)
+    if base is None:
         raise ValueError(
             f"q(z_t | x) is only known in closed form for a diagonal Gaussian encoder, got "
-            f"{type(base).__name__}: condition on z_0 (order 'forward' or 'posterior') instead"
+            f"{type(unwrap(start)).__name__}: condition on z_0 (order 'forward' or 'posterior')"
         )
     return base.loc, base.scale.square()
+
+
+def base_normal(fn: torch.distributions.Distribution) -> torch.distributions.Normal | None:
+    r"""Returns the univariate normals that a diagonal Gaussian consists of.
+
+    Arguments:
+        fn: A distribution, such as ``Normal(loc, scale).to_event(1)``.
+
+    Returns:
+        The normals, whose parameters broadcast with the values of ``fn``, or ``None`` if ``fn`` is
+        no diagonal Gaussian.
+    """
+    base = unwrap(fn)
+    return base if isinstance(base, torch.distributions.Normal) else None
+
+
+def unwrap(fn: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
 def q_step(schedule: Schedule, z: Tensor, t: int | Tensor) -> dist.Independent:

@@ -49,7 +49,8 @@ def evaluate(
         vae: The VAE. It is evaluated in eval mode, on the device of its parameters.
         images: The images, uint8 with shape :math:`(N, C, H, W)`.
         levels: The number of values of a pixel.
-        elbo: The estimator. By default, all timesteps: ``Timestep_ELBO("all")``.
+        elbo: The estimator. By default, all timesteps and exact entropies:
+            ``Timestep_ELBO("all", entropy="exact")``.
         batch_size: The number of images that are evaluated at once.
         seed: The seed of dequantization, latents and timesteps.
         progress: Whether to show a progress bar.
@@ -57,7 +58,7 @@ def evaluate(
     Returns:
         The terms by name; their sum is the negative ELBO.
     """
-    elbo = Timestep_ELBO("all") if elbo is None else elbo
+    elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
     device = next(vae.parameters()).device
     training, totals = vae.training, {}
     vae.eval()

@@ -3,6 +3,7 @@ r"""Training with Pyro's SVI: minibatches, validation, the best model, checkpoin
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_csv
 from .config import ModelConfig, TrainConfig
 from .data import ImageData, batches
 from .evaluation import evaluate, preprocess
-from .infer import Timestep_ELBO
+from .infer import Timestep_ELBO, TraceKL_ELBO
 from .priors import DiffusionPrior
 from .svi import SVI, TorchOptim, per_datum
 from .vae import VAE
@@ -44,6 +45,8 @@ class Trainer:
         device: Where to train.
         out: The run directory, for ``checkpoint.pt``, ``best.pt`` and ``metrics.csv``; ``None`` to
             write nothing.
+        snapshots: The epochs after which the model is kept as ``epoch-N.pt`` as well; 0 is its
+            initialization.
 
     Raises:
         ValueError: If a configuration is not valid, or not for the estimator.
@@ -57,6 +60,7 @@ class Trainer:
         data: ImageData,
         device: torch.device | str = "cpu",
         out: str | Path | None = None,
+        snapshots: Iterable[int] = (),
     ):
         torch.manual_seed(train_config.seed)
         self.model_config, self.config, self.elbo, self.data = (
@@ -64,6 +68,7 @@ class Trainer:
         )  # fmt: skip
         self.device = torch.device(device)
         self.out = None if out is None else Path(out)
+        self.snapshots = frozenset(snapshots)
         self.dtype = torch.float64 if train_config.precision == "float64" else torch.float32
         self.vae = make_vae(model_config).to(self.device, self.dtype)
         self.history: list[dict[str, float]] = []
@@ -102,6 +107,8 @@ class Trainer:
             NonFiniteError: If the loss or its gradient is NaN or infinite.
         """
         self.set_rng_state(self._rng)
+        if not self.history:
+            self.save_snapshot()
         total, done = self.config.epochs, len(self.history)
         bar = tqdm(
             total=total * self.steps_per_epoch,
@@ -183,7 +190,8 @@ class Trainer:
         epoch, such that models are compared and not their noise.
         """
         model = self.vae if self.average is None else self.average.module
-        elbo = Timestep_ELBO("importance", k=32)
+        # Antithetic pairs lower the noise of gradients; of values, twice as many timesteps do.
+        elbo = Timestep_ELBO("importance", k=32, antithetic=False, entropy="exact")
         batch_size = max(self.batch_size, 100)
         terms = evaluate(model, self.data.validation, self.data.levels, elbo, batch_size=batch_size)
         return sum(terms.values())
@@ -196,14 +204,26 @@ class Trainer:
         A run that is killed in between repeats its last epoch, to the same result.
         """
         if self.best_epoch() == len(self.history):
-            model = self.vae if self.average is None else self.average.module
-            self._best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            self._best = self.weights()
         if self.out is None:
             return
         write_csv(self.out / METRICS, self.history)
         if self.best_epoch() == len(self.history):
             save_checkpoint(self.out / BEST, self.describe() | {"vae": self._best})
+        self.save_snapshot()
         save_checkpoint(self.out / CHECKPOINT, self.describe() | self.state_dict())
+
+    def save_snapshot(self) -> None:
+        r"""Writes the model if its epoch is one of the snapshots."""
+        epoch = len(self.history)
+        if self.out is not None and epoch in self.snapshots:
+            state = self.settings() | {"epoch": epoch, "vae": self.weights()}
+            save_checkpoint(self.out / f"epoch-{epoch}.pt", state)
+
+    def weights(self) -> dict[str, Tensor]:
+        r"""Returns a copy of the weights that are evaluated and kept."""
+        model = self.vae if self.average is None else self.average.module
+        return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
     def best_epoch(self) -> int:
         r"""The epoch with the lowest validation loss, counted from 1."""
@@ -308,6 +328,8 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
 def describe_elbo(elbo: pyro.infer.ELBO) -> dict[str, Any]:
     r"""Returns the settings of an estimator."""
     settings = {"estimator": type(elbo).__name__, "num_particles": elbo.num_particles}
+    if isinstance(elbo, TraceKL_ELBO):
+        settings |= {"antithetic": elbo.antithetic, "entropy": elbo.entropy}
     if isinstance(elbo, Timestep_ELBO):
         settings |= {
             "timesteps": "all" if elbo.proposal is None else type(elbo.proposal).__name__,

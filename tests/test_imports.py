@@ -22,6 +22,7 @@ LAYERS = (
     {"svi"},
     {"evaluation"},
     {"training", "report"},
+    {"bench"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -9,12 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from errors import one_line_value_error
-from linear_gaussian import LinearGaussian, linear_gaussian_vae
-from oracles import Oracle
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
+from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.infer import elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.metrics import bits_per_dim, importance_weighted_bound

@@ -9,12 +9,12 @@ import pyro
 import pytest
 import torch
 from errors import one_line_value_error
-from linear_gaussian import linear_gaussian_vae
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO, register
+from pyro_vaediff.bench import linear_gaussian_vae
 from pyro_vaediff.likelihoods import GaussianLikelihood
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from errors import one_line_value_error
-from linear_gaussian import linear_gaussian_vae
-from oracles import condition, white_noise
 from pyro import poutine
 from scipy import stats
 
 from pyro_vaediff import DiffusionPrior, Timestep_ELBO
+from pyro_vaediff.bench import linear_gaussian_vae
+from pyro_vaediff.bench.oracle import condition, white_noise
 from pyro_vaediff.infer import Importance, LossAware, Proposal, Timesteps, Uniform
 
 PROBS = torch.tensor([0.5, 0.03, 0.2, 0.07, 0.2], dtype=torch.float64)

@@ -9,10 +9,10 @@ import pyro
 import pytest
 import torch
 from errors import one_line_value_error
-from linear_gaussian import LinearGaussian
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior
+from pyro_vaediff.bench import LinearGaussian
 from pyro_vaediff.samplers import ddim, interpolate, reconstruct, sample, trajectory
 
 N = 20_000

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from errors import one_line_value_error
-from linear_gaussian import linear_gaussian_vae
 from pyro.infer import Trace_ELBO
 
 from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO
+from pyro_vaediff.bench import linear_gaussian_vae
 from pyro_vaediff.infer import elbo_terms
 from pyro_vaediff.svi import SVI, TorchOptim, per_datum
 

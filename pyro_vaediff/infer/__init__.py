@@ -1,5 +1,6 @@
 r"""Estimators of the ELBO, and checks of when they are valid."""
 
+from .antithetic import Antithetic
 from .checks import check_mean_field
 from .factory import make_elbo
 from .proposals import PROPOSALS, Importance, LossAware, Proposal, Timesteps, Uniform
@@ -11,6 +12,7 @@ from .weightings import WEIGHTINGS, Weighting
 __all__ = [
     "PROPOSALS",
     "WEIGHTINGS",
+    "Antithetic",
     "Collapse",
     "Importance",
     "LossAware",

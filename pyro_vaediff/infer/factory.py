@@ -2,6 +2,8 @@ r"""Estimators by name."""
 
 from __future__ import annotations
 
+import inspect
+
 from pyro.infer import ELBO, Trace_ELBO
 
 from .timestep_elbo import Timestep_ELBO
@@ -17,9 +19,12 @@ def make_elbo(name: str, **options) -> ELBO:
 
     Arguments:
         name: ``"timestep"``, ``"trace"`` or ``"trace-kl"``.
-        options: Keyword arguments of :class:`Timestep_ELBO`, which the others, having no timesteps
-            to choose, do without.
+        options: Keyword arguments of :class:`Timestep_ELBO`, of which the others take those that
+            they have: they have no timesteps to choose.
     """
     if name not in ESTIMATORS:
         raise ValueError(f"unknown estimator {name!r}: choose one of {', '.join(ESTIMATORS)}")
-    return Timestep_ELBO(**options) if name == "timestep" else ESTIMATORS[name]()
+    if name != "timestep":
+        known = inspect.signature(ESTIMATORS[name]).parameters
+        options = {key: value for key, value in options.items() if key in known}
+    return ESTIMATORS[name](**options)

@@ -40,7 +40,7 @@ def elbo_terms(
         model: The model.
         guide: The guide.
         args: The arguments of the model and the guide.
-        elbo: The estimator. By default, ``Timestep_ELBO("all")``.
+        elbo: The estimator. By default, ``Timestep_ELBO("all", entropy="exact")``.
         kwargs: The keyword arguments of the model and the guide.
 
     Returns:
@@ -49,7 +49,7 @@ def elbo_terms(
     Raises:
         ValueError: If the estimator has vectorized particles, or no terms.
     """
-    elbo = Timestep_ELBO("all") if elbo is None else elbo
+    elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
     if not isinstance(elbo, TraceKL_ELBO):
         raise ValueError(f"elbo must be a TraceKL_ELBO or Timestep_ELBO, got {type(elbo).__name__}")
     if elbo.vectorize_particles:

@@ -27,6 +27,7 @@ from .weightings import WEIGHTINGS, Weighting
 __all__ = ["Collapse", "Timestep_ELBO"]
 
 CONDITIONINGS = ("z_0", "x")
+PLATE = "diffusion_timesteps"  # unlike any plate of the programs around
 
 
 class Collapse(Messenger):
@@ -117,12 +118,12 @@ class Collapse(Messenger):
                 # The chunk is named without reading the device.
                 chunk = f"[{first}:{min(first + self.chunk_size, T + 1)}]"
                 first += self.chunk_size
-                plate = pyro.plate(f"timesteps{chunk}", len(t))
+                plate = pyro.plate(f"{PLATE}{chunk}", len(t))
                 with plate, poutine.scale(scale=multiplier):
                     yield chunk, t.reshape((-1,) + (1,) * (-1 - plate.dim))
             return
         probs = self.proposal(prior, self.conditioning, first)
-        with pyro.plate("timesteps", self.k):
+        with pyro.plate(PLATE, self.k):
             t = nuisance("t", Timesteps(probs, first, self.low_discrepancy))
             with poutine.scale(scale=multiplier / (self.k * probs[t - first])):
                 yield "", t
@@ -170,6 +171,12 @@ class Timestep_ELBO(TraceKL_ELBO):
         weighting: ``"elbo"``, or ``"simple"`` or ``"paper"``, which are no bounds. See
             :mod:`~pyro_vaediff.infer.weightings`.
         low_discrepancy: Whether the timesteps of a batch are spread evenly.
+        antithetic: Whether Gaussian noise comes in mirrored pairs, see
+            :class:`~pyro_vaediff.infer.Antithetic`: that of the timesteps of a datum, which then
+            are :math:`k / 2` different ones twice each if :math:`k` is even, and that of vectorized
+            particles.
+        entropy: How to estimate :math:`-\mathrm{H}[q(z_0 | x)]`, ``"path"`` or ``"exact"``, see
+            :class:`TraceKL_ELBO`. Given :math:`x`, it is part of the KLs.
         chunk_size: The number of timesteps that are evaluated at once with ``"all"``. Without
             gradients, the memory is proportional to it.
         kwargs: Keyword arguments of :class:`TraceKL_ELBO`.
@@ -195,10 +202,12 @@ class Timestep_ELBO(TraceKL_ELBO):
         conditioning: str = "z_0",
         weighting: str = "elbo",
         low_discrepancy: bool = True,
+        antithetic: bool = True,
+        entropy: str = "path",
         chunk_size: int = 64,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(antithetic=antithetic, entropy=entropy, **kwargs)
         if not isinstance(timesteps, Proposal) and timesteps not in ("all", *PROPOSALS):
             raise ValueError(
                 f"unknown timesteps {timesteps!r}: choose one of all, {', '.join(PROPOSALS)}"
@@ -220,6 +229,8 @@ class Timestep_ELBO(TraceKL_ELBO):
         self.collapse = Collapse(
             self.proposal, k, conditioning, self.weighting, low_discrepancy, chunk_size
         )
+
+    mirrored_plates = (PLATE, *TraceKL_ELBO.mirrored_plates)
 
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator:
         self._seen = []

@@ -1,0 +1,373 @@
+r"""Compares estimators of the ELBO on one model: bias, variance and cost.
+
+    python experiments/compare_estimators.py --checkpoint runs/digits-diffusion-s0
+    python experiments/compare_estimators.py --oracle
+
+The model is that of a run of ``run.py`` with a diffusion prior, at every epoch that ``--snapshots``
+of ``run.py`` has kept and at its best one; or with ``--oracle`` a linear-Gaussian VAE, whose ELBO
+and gradient have a closed form. All estimators see the same minibatch. Those that unroll the whole
+chain, which takes seconds at T = 1000, are on the bench at the last moment only. Measured are
+
+    bias        against the closed form, or the mean over all timesteps and many particles, with a
+                95 % confidence interval; for the counter-examples, beside the predicted one
+    sd          of the value, in nats per datum
+    variance    of the gradient of the encoder, the decoder and the prior (the trace of its
+                covariance), and the signal-to-noise ratio
+    cost        evaluations of the networks, milliseconds of a whole training step (its median,
+                measured in turns with the others), peak memory of the tensors that the step makes
+    merit       variance x time, as a multiple of what one uniform timestep per datum, given z_0,
+                makes of it: the paper's choice. Larger is better.
+
+The folder ``--out`` then holds
+
+    estimators.csv              everything, a row per estimator and moment of training
+    estimators.md               the tables to read, with the command, the seed and the machine
+    pareto-MODULE.png           variance against cost, at the last moment
+    convergence.png, .csv       error of the value against the number of samples
+    gradient_noise.png, .csv    gradient noise by timestep, and what the proposals make of it
+
+To put another estimator on the bench, add an entry to ``pyro_vaediff/bench/entries.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyro
+import torch
+from benchmark import machine
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vaediff.bench import (
+    BASELINE,
+    ENTRIES,
+    Entry,
+    Reference,
+    add_merits,
+    draw_values,
+    exact_reference,
+    exhaustive_reference,
+    gradient_noise_by_timestep,
+    linear_gaussian_vae,
+    markdown_table,
+    measure,
+    measure_costs,
+    minibatch_noise,
+    rms_error,
+)
+from pyro_vaediff.checkpoint import load_checkpoint, write_atomically, write_csv
+from pyro_vaediff.data import load
+from pyro_vaediff.evaluation import preprocess
+from pyro_vaediff.infer import Importance, Uniform
+from pyro_vaediff.plotting import plot_convergence, plot_gradient_noise, plot_pareto
+from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.training import BEST, load_vae
+from pyro_vaediff.vae import VAE
+
+# The estimators whose errors are plotted against the number of samples.
+CONVERGENCE = (
+    BASELINE,
+    "importance LD k=1 | z_0",
+    "importance LD k=8 | z_0",
+    "importance LD k=8 | z_0, antithetic, path, 2 particles",
+    "all | z_0",
+    "TraceMeanField_ELBO, posterior",
+)
+
+
+# What is measured ---------------------------------------------------------------------------------
+
+
+def moments_of(run: Path, device: torch.device) -> dict[str, VAE]:
+    r"""Returns the models that a run has kept, by the moment of training."""
+    best = run / BEST if run.is_dir() else run
+    paths = sorted(best.parent.glob("epoch-*.pt"), key=lambda path: int(path.stem[6:]))
+    moments = {f"epoch {path.stem[6:]}": path for path in paths} if run.is_dir() else {}
+    epoch = load_checkpoint(best).get("best_epoch")
+    moments.pop(f"epoch {epoch}", None)
+    moments[f"epoch {epoch} (best)" if epoch else best.stem] = best
+    if "epoch 0" in moments:
+        moments = {"initial": moments.pop("epoch 0")} | moments
+    return {name: load_vae(path, device)[0] for name, path in moments.items()}
+
+
+def load_run(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
+    r"""Returns the models of a run, and minibatches of its data, one per row."""
+    moments = moments_of(args.checkpoint, args.device)
+    vae = list(moments.values())[-1]
+    if not isinstance(vae.prior, DiffusionPrior):
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} must have a diffusion prior, got "
+            f"{type(vae.prior).__name__}: the others have no timesteps to choose"
+        )
+    path = args.checkpoint / BEST if args.checkpoint.is_dir() else args.checkpoint
+    name = load_checkpoint(path)["data"]["dataset"]
+    data = load(name, args.root, download=not args.no_download)
+    count = args.batch_size * args.minibatches
+    if len(data.train) < count:
+        raise ValueError(
+            f"--batch-size {args.batch_size} times --minibatches {args.minibatches} must be at "
+            f"most the {len(data.train)} training images"
+        )
+    chosen = torch.randperm(len(data.train))[:count]
+    x = preprocess(vae, data.train[chosen].to(args.device), data.levels)
+    return moments, x.unflatten(0, (args.minibatches, args.batch_size))
+
+
+def load_oracle(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
+    r"""Returns the linear-Gaussian VAE, and minibatches that it has generated."""
+    vae = linear_gaussian_vae(args.num_timesteps, seed=args.seed).to(args.device)
+    with torch.no_grad():
+        x = vae.model(num_samples=args.batch_size * args.minibatches)
+    return {"oracle": vae}, x.unflatten(0, (args.minibatches, args.batch_size))
+
+
+def choose(patterns: Sequence[str]) -> list[Entry]:
+    r"""Returns the entries whose names contain one of the patterns, and the baseline."""
+    entries = [
+        entry
+        for entry in ENTRIES.values()
+        if entry.name == BASELINE or not patterns or any(p in entry.name for p in patterns)
+    ]
+    if unmatched := [p for p in patterns if not any(p in name for name in ENTRIES)]:
+        raise ValueError(f"--only {unmatched[0]!r} matches none of: {'; '.join(ENTRIES)}")
+    return entries
+
+
+def measure_errors(
+    entries: Sequence[Entry], vae: VAE, x: Tensor, reference: Reference, args: argparse.Namespace
+) -> dict[str, dict]:
+    r"""Returns the error of the value against the number of samples, for some estimators."""
+    errors = {}
+    for entry in entries:
+        if entry.name in CONVERGENCE:
+            values = draw_values(entry, vae, x, args.values, 6 * args.seconds)
+            samples, error = rms_error(values, reference.value)
+            biased = bool(entry.counterexample)
+            name = entry.name.replace(" | ", " given ")
+            errors[name] = {"samples": samples, "error": error, "biased": biased}
+    return errors
+
+
+def measure_noise_by_timestep(vae: VAE, x: Tensor, args: argparse.Namespace) -> list[dict]:
+    r"""Returns the gradient noise of each of some timesteps, and what proposals make of it."""
+    T = vae.prior.num_timesteps
+    if T < 3:
+        return []
+    t = torch.logspace(0, 1, args.points, base=T / 2).mul(2).round().long().clamp(2, T).unique()
+    columns = {"t": t}
+    for given in ("z_0", "x"):
+        noise = gradient_noise_by_timestep(vae, x, t.tolist(), given, args.noise_draws)
+        columns |= {f"{module} given {given}": rms for module, rms in noise.items()}
+    every = torch.arange(2, T + 1)
+    rms = columns["prior given z_0"].double().cpu()
+    # The optimal proposal is interpolated between the timesteps at which it is measured.
+    position = torch.searchsorted(t, every).clamp(1, len(t) - 1)
+    left, right = t[position - 1], t[position]
+    share = (every.log() - left.log()) / (right.log() - left.log())
+    optimal = torch.lerp(rms[position - 1].log(), rms[position].log(), share.double()).exp()
+    columns["r optimal"] = (optimal / optimal.sum())[t - 2]
+    for name, proposal in {"importance": Importance(), "uniform": Uniform()}.items():
+        columns[f"r {name}"] = proposal(vae.prior, "z_0", 2).cpu()[t - 2]
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+# What is written ----------------------------------------------------------------------------------
+
+
+def report(
+    args: argparse.Namespace,
+    records: dict[str, list[dict]],
+    noises: dict[str, dict[str, float]],
+    references: dict[str, Reference],
+) -> str:
+    command = shlex.join(["python", "experiments/compare_estimators.py", *args.argv])
+    lines = [
+        f"`{command}`: batches of {args.batch_size}, up to {args.draws} draws, seed {args.seed}, "
+        f"on {machine(args.device)}; torch {torch.__version__}, pyro {pyro.__version__}, "
+        f"{datetime.date.today()}.",
+    ]
+    for moment, rows in records.items():
+        reference = references[moment]
+        lines += ["", f"### {moment[0].upper()}{moment[1:]}", ""]
+        known = "exact" if reference.value_se == 0 else f"± {1.96 * reference.value_se:.2f}"
+        lines += [f"Reference −ELBO: {reference.value:.2f} nats per datum ({known})."]
+        if reference.evidence is not None:
+            lines += [
+                f"−log p(x): {-reference.evidence:.2f} nats. A loss whose bias is below "
+                f"{-reference.evidence - reference.value:.2f} claims more than the evidence."
+            ]
+        lines += ["", *markdown_table(rows, noises[moment])]
+    return "\n".join(lines).replace("−-", "−") + "\n"
+
+
+def plot(
+    args: argparse.Namespace,
+    rows: list[dict],
+    errors: dict[str, dict],
+    floor: float,
+    by_timestep: list[dict],
+) -> None:
+    baseline = next(r for r in rows if r["estimator"] == BASELINE)
+    valid = [r for r in rows if not ENTRIES[r["estimator"]].counterexample]
+    for module in ("prior", "encoder", "decoder"):
+        points = [
+            {
+                "name": r["estimator"].replace(" | ", " given "),
+                "group": r["group"],
+                "cost": r["ms"],
+                "variance": r[f"{module}_variance"] / baseline[f"{module}_variance"],
+                "label": r is baseline,
+            }
+            for r in valid
+        ]
+        title = f"Gradient of the {module}: variance against cost"
+        plot_pareto(points, args.out / f"pareto-{module}.png", title)
+    plot_convergence(errors, args.out / "convergence.png", floor=floor or None)
+    write_csv(
+        args.out / "convergence.csv",
+        [
+            {"estimator": name, "samples": n, "error": error}
+            for name, curve in errors.items()
+            for n, error in zip(curve["samples"].tolist(), curve["error"].tolist(), strict=True)
+        ],
+    )
+    if by_timestep:
+        write_csv(args.out / "gradient_noise.csv", by_timestep)
+        columns = {name: torch.tensor([r[name] for r in by_timestep]) for name in by_timestep[0]}
+        proposals = {n[2:]: r for n, r in columns.items() if n.startswith("r ")}
+        noise = {n: rms for n, rms in columns.items() if " given " in n}
+        plot_gradient_noise(columns["t"], noise, proposals, args.out / "gradient_noise.png")
+
+
+# The script ---------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, metavar="RUN", help="a run directory of run.py")
+    what.add_argument("--oracle", action="store_true", help="the linear-Gaussian VAE")
+    parser.add_argument("--root", default="data", help="where the run's data are (%(default)s)")
+    parser.add_argument("--no-download", action="store_true", help="never download data")
+    parser.add_argument(
+        "--only", nargs="*", default=(), metavar="TEXT", help="estimators with this in their name"
+    )
+    parser.add_argument("--draws", type=int, help="evaluations per estimator (40; oracle 400)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="fewer draws of an estimator if they take longer, but 4 at least (1; oracle 20)",
+    )
+    parser.add_argument("--batch-size", type=int, help="(100; oracle 20)")
+    parser.add_argument("--minibatches", type=int, default=12, help="(%(default)s)")
+    parser.add_argument(
+        "--num-timesteps", type=int, default=8, help="T of the oracle (%(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="(%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few draws of small batches")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--out", type=Path, help="(runs/estimators-NAME)")
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+
+    quick, oracle = args.quick, args.oracle
+    defaults = {
+        "draws": 8 if quick else 400 if oracle else 40,
+        "seconds": 0.2 if quick else 20.0 if oracle else 1.0,
+        "batch_size": 4 if quick else 20 if oracle else 100,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.values = 16 if quick else 4096 if oracle else 512
+    args.min_draws = 2 if quick else 4
+    args.points, args.noise_draws, args.noise_data = (4, 1, 2) if quick else (20, 2, 20)
+    if quick:
+        args.minibatches, args.repeats = min(args.minibatches, 3), 1
+    for name, least in (("draws", 4), ("batch_size", 1), ("minibatches", 2), ("repeats", 1)):
+        if getattr(args, name) < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least {least}, got {getattr(args, name)}")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available")
+    args.out = args.out or Path("runs") / (
+        "estimators-oracle" if oracle else f"estimators-{args.checkpoint.resolve().name}"
+    )
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    pyro.enable_validation(False)
+    torch.distributions.Distribution.set_default_validate_args(False)
+    warnings.filterwarnings("ignore", "Failed to verify mean field restriction")
+    torch.manual_seed(args.seed)
+    entries = choose(args.only)
+    moments, minibatches = (load_oracle if args.oracle else load_run)(args)
+    x = minibatches[0]
+
+    last = list(moments.values())[-1]
+    records, noises, references = {}, {}, {}
+    bar = tqdm(total=len(moments) * len(entries), unit="estimator", disable=args.quiet)
+    with bar:
+        for moment, vae in moments.items():
+            torch.manual_seed(args.seed)
+            bar.set_description(f"{moment}: reference")
+            if args.oracle:
+                reference = exact_reference(vae, x)
+            else:
+                reference = exhaustive_reference(vae, x, draws=2 if args.quick else 6)
+            references[moment], records[moment] = reference, []
+            for entry in entries:
+                bar.update()
+                if entry.unrolled and vae is not last:
+                    continue
+                bar.set_description(f"{moment}: {entry.name}")
+                record, _ = measure(
+                    entry, vae, x, reference, args.draws, args.seconds, args.min_draws
+                )
+                records[moment].append({"moment": moment} | record)
+            noises[moment] = minibatch_noise(vae, minibatches)
+        bar.set_description("cost")
+        costs = measure_costs(entries, last, x, args.repeats)
+        bar.set_description("convergence")
+        errors = measure_errors(entries, last, x, reference, args)
+        bar.set_description("noise by timestep")
+        by_timestep = measure_noise_by_timestep(last, x[: args.noise_data], args)
+
+    for rows in records.values():
+        for row in rows:
+            row |= costs[row["estimator"]]
+        add_merits(rows)
+    every = [
+        {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()}
+        for rows in records.values()
+        for row in rows
+    ]
+    text = report(args, records, noises, references)
+    print(f"\n{text}")
+    write_csv(args.out / "estimators.csv", every)
+    write_atomically(args.out / "estimators.md", lambda file: file.write(text.encode()))
+    floor = list(references.values())[-1].value_se
+    plot(args, list(records.values())[-1], errors, floor, by_timestep)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).partition(chr(10))[0]}")

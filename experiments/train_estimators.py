@@ -1,0 +1,262 @@
+r"""Trains the same model with several estimators of its ELBO, for the same time each.
+
+    python experiments/train_estimators.py --dataset fashion-mnist
+    python experiments/train_estimators.py --start runs/digits-diffusion-s0
+
+Does an estimator with less noise buy a better model? For each estimator and seed, a VAE with a
+diffusion prior is trained for as many steps as fit into ``--seconds``, while the learning rate
+falls to zero along a cosine, and its test -ELBO is measured at ``--points`` equidistant times. With
+``--start``, training goes on from the best model of a run of ``run.py``, where the noise of the
+gradient matters more than early in training.
+
+The models of a seed start from the same weights and see the images in the same order. Every
+measurement has the same images, random numbers and estimator (importance, k = 32 timesteps per
+datum).
+
+Time is the number of steps times what a step takes. The latter is measured once, before anything is
+trained: the median of steps of all estimators in turns. Only then must the machine be idle
+(``--seeds`` without a value measures it and stops); afterwards several comparisons may share it.
+
+The folder ``--out`` then holds
+
+    times.csv       milliseconds per step
+    curves/*.csv    a file per run: seconds, steps, test -ELBO
+    training.csv    the end of every run: one row per estimator and seed
+    training.md     its summary: mean and standard deviation over seeds
+    training.png    test -ELBO against seconds, and against steps
+
+Runs whose file is there are not repeated: a comparison that was stopped continues, and a new
+seed is added to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyro
+import torch
+from benchmark import machine
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, svi_step
+from pyro_vaediff.build import make_vae
+from pyro_vaediff.checkpoint import load_checkpoint, write_atomically, write_csv
+from pyro_vaediff.config import ModelConfig
+from pyro_vaediff.data import DATASETS, ImageData, batches, load
+from pyro_vaediff.evaluation import evaluate, preprocess
+from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.plotting import plot_training
+from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.svi import SVI, TorchOptim, per_datum
+from pyro_vaediff.training import BEST, load_vae
+from pyro_vaediff.vae import VAE
+
+Curve = list[dict[str, float]]
+
+
+def measure_times(
+    entries: Sequence[Entry], make: Callable[[], VAE], data: ImageData, args: argparse.Namespace
+) -> dict[str, float]:
+    r"""Returns the median time of a training step of each estimator, in milliseconds."""
+    x = preprocess(vae := make(), data.train[: args.batch_size].to(args.device), data.levels)
+    steps = [svi_step(entry.make(), vae, x) for entry in entries]
+    step_times(steps, 3, args.device)  # the first steps are slower
+    times = step_times(steps, args.repeats, args.device)
+    return {entry.name: time for entry, time in zip(entries, times, strict=True)}
+
+
+def train(
+    entry: Entry,
+    vae: VAE,
+    data: ImageData,
+    args: argparse.Namespace,
+    seed: int,
+    milliseconds: float,
+) -> Curve:
+    r"""Returns the test -ELBO at equidistant times of a training run."""
+    total = max(args.points, round(1e3 * args.seconds / milliseconds))
+    adam = torch.optim.Adam(vae.train().parameters(), lr=args.lr)
+    optim = TorchOptim(adam, args.clip_norm, CosineAnnealingLR(adam, total))
+    svi = SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=entry.make())
+    vae.prior.order, test = entry.order, data.test[: args.num_test]
+    order = torch.Generator().manual_seed(seed)
+    loader: Iterator[Tensor] = iter(())
+    due = {round(total * i / args.points) for i in range(args.points + 1)}
+    curve = []
+    with pyro.get_param_store().scope():
+        for step in range(total + 1):
+            if step in due:
+                elbo = Timestep_ELBO("importance", k=32, antithetic=False, entropy="exact")
+                terms = evaluate(vae, test, data.levels, elbo, batch_size=args.batch_size)
+                seconds = step * milliseconds / 1e3
+                curve.append({"seconds": seconds, "steps": step, "loss": sum(terms.values())})
+            if step == total:
+                return curve
+            if (batch := next(loader, None)) is None:
+                loader = batches(
+                    data.train,
+                    args.batch_size,
+                    shuffle=True,
+                    generator=order,
+                    device=args.device,
+                    drop_last=True,
+                    flip=data.horizontal_flip,
+                )
+                batch = next(loader)
+            svi.step(preprocess(vae, batch, data.levels))
+    return curve
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def curve_path(out: Path, name: str, seed: int) -> Path:
+    return out / "curves" / f"{re.sub('[^a-z0-9_]+', '-', name.lower())}-s{seed}.csv"
+
+
+def read_curve(path: Path) -> Curve:
+    with open(path) as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def summarize(curves: dict[str, dict[int, Curve]]) -> tuple[list[dict[str, object]], list[str]]:
+    r"""Returns a record per run, and the lines of a table with a row per estimator."""
+    records = [
+        {"estimator": name, "seed": seed, **{key: round(v, 3) for key, v in curve[-1].items()}}
+        for name, by_seed in curves.items()
+        for seed, curve in by_seed.items()
+    ]
+    lines = ["| estimator | seeds | ms per step | steps | test −ELBO (nats) |", "|---" * 5 + "|"]
+    for name, by_seed in curves.items():
+        last = [curve[-1] for curve in by_seed.values()]
+        loss = torch.tensor([row["loss"] for row in last], dtype=torch.float64)
+        spread = f" ± {loss.std():.2f}" if len(loss) > 1 else ""
+        steps = last[0]["steps"]
+        row = f"{name.replace('|', 'given')} | {len(loss)} | {1e3 * last[0]['seconds'] / steps:.1f}"
+        lines.append(f"| {row} | {steps:.0f} | {loss.mean():.2f}{spread} |".replace("-", "−"))
+    return records, lines
+
+
+def columns(curve: Curve) -> dict[str, Tensor]:
+    return {key: torch.tensor([row[key] for row in curve]) for key in curve[0]}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", choices=DATASETS, default="digits", help="(%(default)s)")
+    parser.add_argument(
+        "--start", type=Path, metavar="RUN", help="go on from a run of run.py, with its data"
+    )
+    parser.add_argument("--root", default="data", help="where the data are (%(default)s)")
+    parser.add_argument("--no-download", action="store_true", help="never download data")
+    parser.add_argument(
+        "--estimators", nargs="+", default=SERIOUS, metavar="NAME", help="names of the bench"
+    )
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="per run (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=30, help="timed steps (%(default)s)")
+    parser.add_argument("--points", type=int, default=10, help="measurements (%(default)s)")
+    parser.add_argument("--num-test", type=int, default=1000, help="test images (%(default)s)")
+    parser.add_argument("--latent-dim", type=int, default=40, help="(%(default)s)")
+    parser.add_argument("--width", type=int, default=16, help="of the networks (%(default)s)")
+    parser.add_argument("--num-timesteps", type=int, default=1000, help="T (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=100, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam (%(default)s)")
+    parser.add_argument("--clip-norm", type=float, default=1000.0, help="(%(default)s)")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="(%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--out", type=Path, help="(runs/training-DATASET)")
+    args = parser.parse_args(argv)
+    for name in ("seconds", "points", "num_test", "batch_size", "lr", "clip_norm", "repeats"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if unknown := [name for name in args.estimators if name not in ENTRIES]:
+        parser.error(f"unknown estimator {unknown[0]!r}: choose from {', '.join(ENTRIES)}")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available")
+    name = args.start.resolve().name if args.start else args.dataset
+    args.out = args.out or Path("runs") / f"training-{name}"
+    args.argv = sys.argv[1:] if argv is None else argv
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    pyro.enable_validation(False)
+    torch.distributions.Distribution.set_default_validate_args(False)
+    dataset = args.dataset
+    if args.start is not None:
+        path = args.start / BEST if args.start.is_dir() else args.start
+        dataset = load_checkpoint(path)["data"]["dataset"]
+    data = load(dataset, args.root, download=not args.no_download)
+    config = ModelConfig(
+        prior="diffusion",
+        latent_dim=args.latent_dim,
+        image_shape=data.image_shape,
+        levels=data.levels,
+        width=args.width,
+        num_timesteps=args.num_timesteps,
+    )
+
+    def make() -> VAE:
+        if args.start is not None:
+            return load_vae(args.start, args.device)[0]
+        return make_vae(config).to(args.device)
+
+    if not isinstance(make().prior, DiffusionPrior):
+        raise ValueError(f"--start {args.start} must have a diffusion prior")
+    path = args.out / "times.csv"
+    if not path.exists():
+        times = measure_times([ENTRIES[name] for name in args.estimators], make, data, args)
+        write_csv(path, [{"estimator": name, "ms": round(ms, 3)} for name, ms in times.items()])
+    with open(path) as file:
+        times = {row["estimator"]: float(row["ms"]) for row in csv.DictReader(file)}
+    if missing := [name for name in args.estimators if name not in times]:
+        raise ValueError(f"{path} lacks {missing[0]!r}: choose another --out, or remove the file")
+    if not args.seeds:
+        print(f"measured the time of a step: {path}")
+        return
+
+    curves: dict[str, dict[int, Curve]] = {name: {} for name in args.estimators}
+    # Seed by seed, such that a comparison that is stopped has all estimators of some seeds.
+    runs = [(seed, name) for seed in args.seeds for name in args.estimators]
+    for seed, name in tqdm(runs, "runs", disable=args.quiet):
+        path = curve_path(args.out, name, seed)
+        if not path.exists():
+            torch.manual_seed(seed)
+            write_csv(path, train(ENTRIES[name], make(), data, args, seed, times[name]))
+        curves[name][seed] = read_curve(path)
+
+    records, lines = summarize(curves)
+    caption = (
+        f"`{shlex.join(['python', 'experiments/train_estimators.py', *args.argv])}`: "
+        f"{args.seconds:g} s per run on {machine(args.device)}; torch {torch.__version__}, pyro "
+        f"{pyro.__version__}, {datetime.date.today()}."
+    )
+    table = "\n".join([caption, "", *lines]) + "\n"
+    print(f"\n{table}")
+    write_csv(args.out / "training.csv", records)
+    write_atomically(args.out / "training.md", lambda file: file.write(table.encode()))
+    plot_training(
+        {name: [columns(c) for c in by_seed.values()] for name, by_seed in curves.items()},
+        args.out / "training.png",
+    )
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).partition(chr(10))[0]}")

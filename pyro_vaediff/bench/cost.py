@@ -1,0 +1,156 @@
+r"""What an evaluation of an estimator costs: network evaluations, time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pyro
+import pyro.infer
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..svi import TorchOptim, per_datum
+from ..vae import VAE
+
+__all__ = ["count_evaluations", "peak_memory", "step_times", "svi_step"]
+
+
+@contextmanager
+def count_evaluations(vae: VAE) -> Iterator[dict[str, int]]:
+    r"""Counts how many inputs the networks of a VAE with a diffusion prior are evaluated at.
+
+    Arguments:
+        vae: The VAE.
+
+    Returns:
+        A context, inside of which the counts of ``"encoder"``, ``"decoder"`` and ``"denoiser"``
+        add up: one for each image, latent or :math:`z_t`.
+    """
+    dims = {"encoder": 3, "decoder": 1, "denoiser": 1}
+    networks = {
+        "encoder": vae.encoder, "decoder": vae.decoder, "denoiser": vae.prior.denoiser
+    }  # fmt: skip
+    counts = dict.fromkeys(networks, 0)
+
+    def hook(name: str) -> Callable:
+        def count(module: torch.nn.Module, args: tuple) -> None:
+            x = args[0]
+            event_dims = min(dims[name], x.ndim - 1)
+            counts[name] += x.shape[: x.ndim - event_dims].numel()
+
+        return count
+
+    handles = [network.register_forward_pre_hook(hook(n)) for n, network in networks.items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _LiveMemory(TorchDispatchMode):
+    r"""Follows the bytes of the tensors that operations create, until they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._known and id(storage) not in inputs:
+                    self._add(storage)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def free() -> None:
+            self._known.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, free)
+
+
+def is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
+
+
+def peak_memory(step: Callable[[], object], device: torch.device) -> int:
+    r"""Returns the largest memory of the tensors that a step creates, in bytes.
+
+    Parameters, their gradients of earlier steps and the state of an optimizer are there before.
+
+    Arguments:
+        step: The step, which must have run before.
+        device: The device that it computes on.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveMemory() as memory:
+        step()
+    return memory.peak
+
+
+def svi_step(elbo: ELBO, vae: VAE, x: Tensor) -> Callable[[], object]:
+    r"""Returns a whole training step, with Pyro's SVI and Adam, which leaves the VAE as it is.
+
+    Arguments:
+        elbo: The estimator.
+        vae: The VAE.
+        x: The data, with shape :math:`(B, *)`.
+    """
+    # Adam computes all the same if its learning rate is zero.
+    adam = torch.optim.Adam(vae.parameters(), lr=0.0)
+    for parameter in vae.parameters():  # its state is there before the first step
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    optim = TorchOptim(adam, clip_norm=1e6)
+    svi = pyro.infer.SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=elbo)
+
+    def step() -> object:
+        with pyro.get_param_store().scope():
+            return svi.step(x)
+
+    return step
+
+
+def step_times(
+    steps: Sequence[Callable[[], object]], repeats: int, device: torch.device
+) -> list[float]:
+    r"""Returns the median time of each step in milliseconds, measured in turns.
+
+    Arguments:
+        steps: The steps.
+        repeats: How many times each of them is timed.
+        device: The device that they compute on.
+    """
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(repeats):
+        for column, step in zip(times, steps, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            column.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(column) for column in times]

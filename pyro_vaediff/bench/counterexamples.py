@@ -1,0 +1,132 @@
+r"""Losses that are mistaken for estimators of a bound, and by how much they are off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..diffusion import at_time, gaussian_moments
+from ..infer import Timestep_ELBO
+from ..vae import VAE
+
+__all__ = ["NoisyIWAE", "log_mean_exp_bias", "mean_field_bias"]
+
+
+class NoisyIWAE(Timestep_ELBO):
+    r"""The log-mean-exp of noisy estimates of :math:`\log p(x, z) - \log q(z | x)`.
+
+    .. math:: -\log \frac{1}{K} \sum_{k=1}^K \exp \hat{w}_k, \qquad E[\hat{w}_k | z^k] = \log
+        \frac{p(x, z^k)}{q(z^k | x)}
+
+    It looks like the loss of an importance-weighted autoencoder, but :math:`E[\exp \hat w] > p(x)`:
+    it is **no bound** on :math:`\log p(x)`. The number of particles is :math:`K`.
+    """
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
+        r"""Returns the loss, summed over the data."""
+        log_weights = torch.stack(self.log_weights(model, guide, *args, **kwargs))
+        return (math.log(self.num_particles) - torch.logsumexp(log_weights, dim=0)).sum()
+
+    @torch.no_grad()
+    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        r"""Returns the loss, summed over the data."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        r"""Returns the loss, and adds its gradient to those of the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.item()
+
+    def log_weights(self, model: Callable, guide: Callable, *args, **kwargs) -> list[Tensor]:
+        r"""Returns the estimates :math:`\hat w_k`, each with shape :math:`(B,)`."""
+        return [
+            -sum(term.flatten(0, -2).sum(0) if term.ndim > 1 else term for _, term in terms)
+            for terms in (
+                self.site_terms(*traces) for traces in self._get_traces(model, guide, args, kwargs)
+            )
+        ]
+
+
+@torch.no_grad()
+def log_mean_exp_bias(
+    elbo: NoisyIWAE, vae: VAE, x: Tensor, draws: int, repeats: int = 200
+) -> float:
+    r"""Predicts the loss of :class:`NoisyIWAE` from the distribution of its single estimates.
+
+    The log-mean-exp of :math:`K` estimates drawn from an empirical distribution per datum, minus
+    their mean: in nats per datum, negative if the loss is below the negative ELBO.
+
+    Arguments:
+        elbo: The estimator.
+        vae: The VAE.
+        x: The data, with shape :math:`(B, *)`.
+        draws: The number of times that the estimator draws its :math:`K` estimates.
+        repeats: The number of times that :math:`K` of all these are drawn with replacement.
+    """
+    pool = torch.stack([w for _ in range(draws) for w in elbo.log_weights(vae.model, vae.guide, x)])
+    index = torch.randint(len(pool), (repeats, elbo.num_particles, len(x)), device=pool.device)
+    means = pool.gather(0, index.flatten(0, 1)).unflatten(0, index.shape[:2])
+    bounds = torch.logsumexp(means, dim=1) - math.log(elbo.num_particles)
+    return (pool.mean() - bounds.mean()).item()
+
+
+@torch.no_grad()
+def mean_field_bias(
+    vae: VAE, x: Tensor, order: str, draws: int = 1, chunk_size: int = 64
+) -> Tensor:
+    r"""Predicts what ``TraceMeanField_ELBO`` adds to the loss at the sites where it is illegal.
+
+    It averages :math:`\|z_{t-1} - \mu_\phi(z_t, t)\|^2 / 2 \sigma_t^2` as if both were independent
+    given the guide's parents of :math:`z_{t-1}`, and thereby loses
+
+    .. math:: \sum_t E\left[ \mathrm{Cov}(z_{t-1}, \mu_\phi(z_t, t)) \right] / \sigma_t^2
+
+    where the sum is over :math:`t = 1, \dots, T` in the ``forward`` order, over :math:`t = 1` in
+    the ``posterior`` order, and empty in the ``reversed`` one.
+
+    Arguments:
+        vae: A VAE with a diffusion prior of fixed variance and a Gaussian encoder.
+        x: The data, with shape :math:`(B, *)`.
+        order: The order of the guide.
+        draws: The number of Monte-Carlo draws.
+        chunk_size: The number of timesteps that are evaluated at once.
+
+    Returns:
+        The bias of the loss in nats per datum, one value per draw.
+    """
+    schedule, kernel = vae.prior.schedule, vae.prior.kernel
+    m, s2 = gaussian_moments(vae.encode(x))
+    last = {"forward": vae.prior.num_timesteps, "posterior": 1, "reversed": 0}[order]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, *m.shape, dtype=m.dtype, device=m.device)
+
+    def step(z: Tensor, variance: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        deviation = variance.sqrt() * noise(*z.shape[: z.ndim - m.ndim])
+        return alpha.sqrt() * z + deviation, deviation
+
+    def covariance(z: Tensor, deviation: Tensor, t: int | Tensor) -> float:
+        z_t, _ = step(z, at_time(schedule.betas, t), at_time(schedule.alphas, t))
+        mu = vae.prior.reverse(z_t, t).mean
+        return (deviation * mu / at_time(kernel.sigmas, t).square()).sum().item() / len(x)
+
+    def draw() -> float:
+        if last == 0:
+            return 0.0
+        total = covariance(*step(m, s2, m.new_ones(())), 1)
+        for t in torch.arange(2, last + 1, device=x.device).split(chunk_size):
+            t = t.unsqueeze(-1)
+            z_0 = step(m.expand(len(t), *m.shape), s2, m.new_ones(()))[0]
+            # To z_{t-2}, which is z_0 at t = 2, and from there to z_{t-1}.
+            to = [at_time(table, t - 2) for table in (one_minus, alphas_cumprod)]
+            z = step(z_0, *to)[0]
+            z, deviation = step(z, at_time(schedule.betas, t - 1), at_time(schedule.alphas, t - 1))
+            total += covariance(z, deviation, t)
+        return total
+
+    one_minus, alphas_cumprod = schedule.one_minus_alphas_cumprod, schedule.alphas_cumprod
+    return torch.tensor([draw() for _ in range(draws)])

@@ -1,0 +1,158 @@
+r"""Values and gradients of an estimator, drawn many times, and what their noise is.
+
+A gradient estimate :math:`g` of the parameters of one module has the total variance
+:math:`\mathrm{tr} \, \mathrm{Cov}(g)` and the signal-to-noise ratio :math:`\|E[g]\| /
+\sqrt{\mathrm{tr} \, \mathrm{Cov}(g)}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from ..infer import Proposal, Timestep_ELBO
+from ..priors import DiffusionPrior
+from ..vae import VAE
+
+__all__ = ["Draws", "Noise", "draw", "gradient_noise_by_timestep", "noise_of"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    r"""Draws of a loss and of its gradient.
+
+    Arguments:
+        values: The losses in nats per datum, with shape :math:`(N,)`.
+        gradients: The gradients of each module, with shapes :math:`(N, P)`.
+    """
+
+    values: Tensor
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Noise:
+    r"""The noise of a gradient estimate.
+
+    Arguments:
+        variance: The total variance :math:`\mathrm{tr} \, \mathrm{Cov}(g)`.
+        variance_se: Its standard error.
+        snr: The signal-to-noise ratio, zero if the signal is not distinguishable from noise.
+        bias: The relative bias along the reference gradient, :math:`\langle E[g], g^* \rangle /
+            \|g^*\|^2 - 1`.
+        bias_se: Its standard error.
+    """
+
+    variance: float
+    variance_se: float
+    snr: float
+    bias: float
+    bias_se: float
+
+
+def draw(elbo: ELBO, vae: VAE, batches: Iterable[Tensor]) -> Draws:
+    r"""Draws the loss and the gradient of a VAE once for each batch.
+
+    Arguments:
+        elbo: The estimator.
+        vae: The VAE.
+        batches: The data of each draw, with shapes :math:`(B, *)`: the same ones again and again
+            for the noise of the estimator, new ones for that of the minibatch.
+    """
+    modules = {name: list(module.parameters()) for name, module in vae.named_children()}
+    for parameter in vae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    values, gradients = [], {name: [] for name in modules}
+    # The denoiser would otherwise fill the parameter store of whoever calls this.
+    with pyro.get_param_store().scope():
+        for x in batches:
+            vae.zero_grad(set_to_none=False)
+            values.append(elbo.loss_and_grads(vae.model, vae.guide, x) / len(x))
+            for name, group in modules.items():
+                gradients[name].append(torch.cat([p.grad.flatten() for p in group]) / len(x))
+    vae.zero_grad()
+    return Draws(
+        torch.tensor(values, dtype=torch.float64),
+        {name: torch.stack(rows) for name, rows in gradients.items()},
+    )
+
+
+def noise_of(gradients: Tensor, reference: Tensor) -> Noise:
+    r"""Returns the noise of gradients.
+
+    Arguments:
+        gradients: Independent draws, with shape :math:`(N, P)`, :math:`N \geq 2`.
+        reference: The true gradient, with shape :math:`(P,)`.
+    """
+    n, mean = len(gradients), gradients.mean(0)
+    squares = (gradients - mean).square().sum(-1) * (n / (n - 1))
+    variance = squares.mean()
+    signal = (mean.square().sum() - variance / n).clamp(min=0)
+    along = gradients @ reference / reference.square().sum()
+    return Noise(
+        variance.item(),
+        (squares.std() / n**0.5).item(),
+        (signal / variance).sqrt().item(),
+        along.mean().item() - 1,
+        (along.std() / n**0.5).item(),
+    )
+
+
+class _One(Proposal):
+    r"""A single timestep with probability one."""
+
+    def __init__(self, t: int):
+        super().__init__()
+        self.t = t
+
+    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
+        probs = prior.origin.new_zeros(prior.num_timesteps + 1 - first)
+        probs[self.t - first] = 1.0
+        return probs
+
+
+def gradient_noise_by_timestep(
+    vae: VAE,
+    x: Tensor,
+    timesteps: Sequence[int],
+    conditioning: str = "z_0",
+    draws: int = 1,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, Tensor]:
+    r"""Returns the root mean square gradient of the KL term of each timestep, for a single datum.
+
+    The proposal :math:`r(t)` that minimizes the variance of a module's gradient is proportional to
+    it.
+
+    Arguments:
+        vae: A VAE with a diffusion prior.
+        x: The data, with shape :math:`(B, *)`.
+        timesteps: The timesteps :math:`t \geq 2`, :math:`n` in number.
+        conditioning: What the KLs are given, ``"z_0"`` or ``"x"``.
+        draws: The number of draws per datum.
+        progress: A wrapper of the loop over timesteps, such as a progress bar.
+
+    Returns:
+        The root mean squares for the encoder and the prior, with shape :math:`(n,)` each.
+    """
+    modules = {"encoder": vae.encoder, "prior": vae.prior}
+    squares = {name: [] for name in modules}
+    with pyro.get_param_store().scope():
+        for t in progress(timesteps):
+            elbo = Timestep_ELBO(_One(int(t)), k=1, conditioning=conditioning)
+            total = dict.fromkeys(modules, 0.0)
+            for datum in x.repeat(draws, *(1 for _ in x.shape[1:])).split(1):
+                term = elbo.terms(vae.model, vae.guide, datum)["z_s"]
+                parameters = [list(module.parameters()) for module in modules.values()]
+                every = [p for group in parameters for p in group]
+                grads = iter(torch.autograd.grad(term, every, materialize_grads=True))
+                for name, group in zip(modules, parameters, strict=True):
+                    total[name] += sum(next(grads).square().sum() for _ in group)
+            for name in modules:
+                squares[name].append(total[name] / (draws * len(x)))
+    return {name: torch.stack(values).sqrt() for name, values in squares.items()}

@@ -1,0 +1,316 @@
+r"""The bench: bias, variance and cost of every estimator, through one function.
+
+The figure of merit of an estimator is its gradient variance times the time of a whole training
+step: the variance that is left if a fixed time is spent on independent evaluations. It is compared
+with that of the paper's choice, one uniform timestep per datum given :math:`z_0`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+
+from ..infer import Timestep_ELBO
+from ..vae import VAE
+from .cost import count_evaluations, peak_memory, step_times, svi_step
+from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
+from .entries import BASELINE, Entry
+from .gradients import Draws, draw, noise_of
+from .oracle import Oracle
+
+__all__ = [
+    "Reference",
+    "add_merits",
+    "draw_values",
+    "exact_reference",
+    "exhaustive_reference",
+    "markdown_table",
+    "measure",
+    "measure_costs",
+    "minibatch_noise",
+    "rms_error",
+]
+
+# Of draws of z_0, in a plate outside of those of the data and of the timesteps.
+ANTITHETIC_PAIRS = {
+    "num_particles": 2, "vectorize_particles": True, "max_plate_nesting": 3, "antithetic": True
+}  # fmt: skip
+MODULES = ("encoder", "decoder", "prior")
+Record = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Reference:
+    r"""What an estimator of the bound should give on average.
+
+    Arguments:
+        value: The negative ELBO, in nats per datum.
+        value_se: Its standard error, zero if it is exact.
+        gradients: Its gradient with respect to the parameters of each module.
+        evidence: :math:`\log p(x)`, in nats per datum, if it is known.
+    """
+
+    value: float
+    value_se: float
+    gradients: dict[str, Tensor]
+    evidence: float | None = None
+
+
+def exact_reference(vae: VAE, x: Tensor) -> Reference:
+    r"""Returns the closed forms of a linear-Gaussian VAE."""
+    oracle = Oracle(vae, x)
+    loss = oracle.negative_elbo.mean()
+    gradients = {}
+    for name, module in vae.named_children():
+        grads = torch.autograd.grad(
+            loss, list(module.parameters()), retain_graph=True, materialize_grads=True
+        )
+        gradients[name] = torch.cat([grad.flatten() for grad in grads])
+    return Reference(loss.item(), 0.0, gradients, oracle.log_evidence.mean().item())
+
+
+def exhaustive_reference(vae: VAE, x: Tensor, draws: int = 8) -> Reference:
+    r"""Returns the mean over draws of all timesteps, with antithetic pairs of particles."""
+    elbo = Timestep_ELBO("all", **ANTITHETIC_PAIRS)
+    reference = draw(elbo, vae, itertools.repeat(x, draws))
+    return Reference(
+        reference.values.mean().item(),
+        reference.values.std().item() / draws**0.5,
+        {name: rows.mean(0) for name, rows in reference.gradients.items()},
+    )
+
+
+def measure(
+    entry: Entry,
+    vae: VAE,
+    x: Tensor,
+    reference: Reference,
+    draws: int = 40,
+    seconds: float = math.inf,
+    min_draws: int = 4,
+) -> tuple[Record, Draws]:
+    r"""Measures the bias and the noise of an estimator.
+
+    Arguments:
+        entry: The estimator.
+        vae: The VAE.
+        x: The data, with shape :math:`(B, *)`.
+        reference: What the estimator should give.
+        draws: The number of independent evaluations.
+        seconds: Fewer evaluations are made if they would take longer, but ``min_draws`` at least.
+        min_draws: The number of evaluations that are always made.
+
+    Returns:
+        A record for the table, and the draws.
+    """
+    order, vae.prior.order = vae.prior.order, entry.order
+    elbo = entry.make()
+    with pyro.get_param_store().scope():
+        for _ in range(entry.warmup):
+            elbo.differentiable_loss(vae.model, vae.guide, x)
+    start = time.perf_counter()
+    sample = draw(elbo, vae, [x])
+    elapsed = time.perf_counter() - start
+    count = int(max(min_draws, min(draws, seconds / elapsed)))
+    rest = draw(elbo, vae, itertools.repeat(x, count - 1))
+    sample = Draws(
+        torch.cat([sample.values, rest.values]),
+        {name: torch.cat([g, rest.gradients[name]]) for name, g in sample.gradients.items()},
+    )
+    values = sample.values.double()
+    record: Record = {
+        "estimator": entry.name,
+        "group": entry.group,
+        "draws": count,
+        "bias": values.mean().item() - reference.value,
+        "bias_se": math.hypot(values.std().item() / count**0.5, reference.value_se),
+        "predicted_bias": 0.0,
+        "predicted_bias_se": 0.0,
+        "sd": values.std().item(),
+    }
+    if entry.counterexample:
+        if isinstance(elbo, NoisyIWAE):
+            pool = max(4, count // 8)
+            predicted = [log_mean_exp_bias(elbo, vae, x, pool) for _ in range(min_draws)]
+        else:
+            predicted = mean_field_bias(vae, x, entry.order, draws=count).tolist()
+        record["predicted_bias"] = statistics.mean(predicted)
+        record["predicted_bias_se"] = statistics.stdev(predicted) / len(predicted) ** 0.5
+    for module in MODULES:
+        noise = noise_of(sample.gradients[module], reference.gradients[module])
+        record |= {
+            f"{module}_variance": noise.variance,
+            f"{module}_variance_se": noise.variance_se,
+            f"{module}_snr": noise.snr,
+            f"{module}_bias": noise.bias,
+            f"{module}_bias_se": noise.bias_se,
+        }
+    vae.prior.order = order
+    return record, sample
+
+
+@torch.no_grad()
+def draw_values(
+    entry: Entry, vae: VAE, x: Tensor, draws: int, seconds: float = math.inf, min_draws: int = 4
+) -> Tensor:
+    r"""Draws the loss alone, without its gradient.
+
+    Arguments:
+        entry: The estimator.
+        vae: The VAE.
+        x: The data, with shape :math:`(B, *)`.
+        draws: The number of independent evaluations.
+        seconds: The time after which no new one begins, if there are ``min_draws``.
+        min_draws: The number of evaluations that are always made.
+
+    Returns:
+        The losses in nats per datum, with shape :math:`(N,)`.
+    """
+    order, vae.prior.order = vae.prior.order, entry.order
+    elbo = entry.make()
+    values, start = [], time.perf_counter()
+    with pyro.get_param_store().scope():
+        while len(values) < draws:
+            values.append(elbo.loss(vae.model, vae.guide, x) / len(x))
+            if len(values) >= min_draws and time.perf_counter() - start > seconds:
+                break
+    vae.prior.order = order
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def measure_costs(
+    entries: Sequence[Entry], vae: VAE, x: Tensor, repeats: int = 7
+) -> dict[str, Record]:
+    r"""Measures network evaluations, time and memory of a whole training step, by estimator.
+
+    Steps are timed in turns, the unrolled ones apart from the others.
+
+    Arguments:
+        entries: The estimators.
+        vae: The VAE, which stays as it is.
+        x: The data, with shape :math:`(B, *)`.
+        repeats: How many times each step is timed; at most twice if it is unrolled.
+    """
+    order, steps, costs = vae.prior.order, {}, {}
+    for entry in entries:
+        vae.prior.order = entry.order
+        svi = svi_step(entry.make(), vae, x)
+
+        def step(entry: Entry = entry, svi=svi) -> object:
+            vae.prior.order = entry.order
+            return svi()
+
+        if not entry.unrolled:
+            step()
+        with count_evaluations(vae) as counts:
+            peak = peak_memory(step, x.device)
+        costs[entry.name] = {
+            **{f"{name}_evaluations": count / len(x) for name, count in counts.items()},
+            "megabytes": peak / 1e6,
+        }
+        steps[entry.name] = step
+    for unrolled in (False, True):
+        group = [entry.name for entry in entries if entry.unrolled == unrolled]
+        times = step_times(
+            [steps[name] for name in group], min(repeats, 2) if unrolled else repeats, x.device
+        )
+        for name, milliseconds in zip(group, times, strict=True):
+            costs[name]["ms"] = milliseconds
+    vae.prior.order = order
+    return costs
+
+
+def minibatch_noise(vae: VAE, batches: Sequence[Tensor]) -> dict[str, float]:
+    r"""Returns the gradient variance that is due to which data are in a minibatch, by module.
+
+    Below that, an estimator with less noise buys nothing. The estimator's own noise is kept small
+    with antithetic pairs and many timesteps.
+
+    Arguments:
+        vae: The VAE.
+        batches: Several minibatches of different data.
+    """
+    elbo = Timestep_ELBO(k=32, entropy="path", **ANTITHETIC_PAIRS)
+    gradients = draw(elbo, vae, batches).gradients
+    return {name: noise_of(g, g.mean(0)).variance for name, g in gradients.items()}
+
+
+def add_merits(records: Sequence[Record]) -> None:
+    r"""Adds to each record how many times better its variance × time is than the baseline's."""
+    baseline = next(r for r in records if r["estimator"] == BASELINE)
+    for record in records:
+        for module in MODULES:
+            products = [r[f"{module}_variance"] * r["ms"] for r in (baseline, record)]
+            record[f"{module}_merit"] = products[0] / products[1] if products[1] else math.inf
+
+
+def rms_error(values: Tensor, reference: float) -> tuple[Tensor, Tensor]:
+    r"""Returns the root mean square error of means over samples.
+
+    Arguments:
+        values: Independent samples, with shape :math:`(N,)`.
+        reference: The true mean.
+
+    Returns:
+        The numbers of samples :math:`1, 2, 4, \dots \leq N / 4`, and the errors, both with shape
+        :math:`(n,)`.
+    """
+    samples = [2**i for i in range(max(1, int(math.log2(len(values))) - 1))]
+    errors = []
+    for n in samples:
+        means = values[: len(values) // n * n].reshape(-1, n).mean(1)
+        errors.append((means - reference).square().mean().sqrt())
+    return torch.tensor(samples), torch.stack(errors)
+
+
+def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = None) -> list[str]:
+    r"""Returns the lines of a table with a row per estimator.
+
+    Arguments:
+        records: The records, with costs and merits.
+        noise: The minibatch's own gradient variance, by module.
+    """
+    lines = [
+        "| estimator | bias (nats) | sd | gradient variance: prior | encoder | decoder "
+        "| SNR: prior | encoder | decoder | z_t per datum | ms | MB "
+        "| merit: prior | encoder | decoder |",
+        "|---" * 15 + "|",
+    ]
+    order = ("prior", "encoder", "decoder")
+    for r in records:
+        bias = f"{r['bias']:+.2f} ± {1.96 * r['bias_se']:.2f}"
+        if r["predicted_bias"]:
+            bias += f" (predicted {r['predicted_bias']:+.2f} ± {1.96 * r['predicted_bias_se']:.2f})"
+        cells = [
+            str(r["estimator"]).replace("|", "given"),
+            bias,
+            significant(r["sd"]),
+            *(significant(r[f"{module}_variance"]) for module in order),
+            *(significant(r[f"{module}_snr"]) for module in order),
+            f"{r['denoiser_evaluations']:g}",
+            significant(r["ms"]),
+            significant(r["megabytes"]),
+            *(significant(r[f"{module}_merit"]) for module in order),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if noise is not None:
+        cells = ["*the minibatch's own noise*", "", "", *(significant(noise[m]) for m in order)]
+        lines.append("| " + " | ".join([*cells, *[""] * 9]) + " |")
+    return [re.sub(r"(\| |predicted )-", r"\1−", line.replace("-0.00", "0.00")) for line in lines]
+
+
+def significant(value: float) -> str:
+    r"""Formats a number with two significant digits, three from 100 on."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}" if abs(value) >= 1e-3 else f"{value:.1e}"

@@ -1,0 +1,539 @@
+r"""The ELBO of a linear-Gaussian VAE in closed form, its terms and the evidence.
+
+.. math::
+    z_0 & \sim \mathcal{N}(A x + c, \mathrm{diag}(s^2)) & \text{encoder} \\
+    x & \sim \mathcal{N}(W z_0 + b, \mathrm{diag}(\varsigma^2)) & \text{decoder} \\
+    \mathrm{net}(z_t, t) & = M_t z_t + n_t & \text{denoiser}
+
+Given :math:`x`, every variable of the guide is then an affine function of standard normal noise
+:math:`\xi`, and so is every mean of the model. All expectations are those of squares of such
+functions, :math:`E \| \mu + C \xi \|^2 = \| \mu \|^2 + \| C \|^2`, and every conditional
+distribution follows from one rule, the conditioning of a Gaussian. Nothing here uses the algebra
+of the package; only the parameters are read. Everything is differentiable in the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from ..priors import DiffusionPrior
+from ..vae import VAE
+from .linear_gaussian import LinearDenoiser, LinearGaussian
+
+__all__ = [
+    "Affine",
+    "Oracle",
+    "condition",
+    "covariance",
+    "cross_entropy",
+    "entropy",
+    "expected_kl",
+    "stack",
+    "white_noise",
+]
+
+# --- Gaussian variables as affine functions of noise ----------------------------------------------
+
+
+@dataclass
+class Affine:
+    r"""A random vector :math:`\mu + C \xi` with :math:`\xi \sim \mathcal{N}(0, I)`, per datum.
+
+    Vectors of the same noise can be added and subtracted; ``y * number`` scales, ``y + tensor``
+    shifts, and ``matrix @ y`` multiplies from the left.
+
+    Arguments:
+        mean: The means :math:`\mu`, with shape :math:`(B, D)`.
+        coef: The coefficients :math:`C`, with shape :math:`(D, N)` for :math:`N` noises. All data
+            share them.
+
+    Example:
+        >>> z_0, noise = white_noise([1, 1], like=torch.zeros(1, 1))
+        >>> z_1 = z_0 * 0.8 + noise * 0.6
+        >>> z_1.mean_square
+        tensor([[1.]])
+    """
+
+    mean: Tensor
+    coef: Tensor
+
+    def __add__(self, other: Affine | Tensor) -> Affine:
+        if isinstance(other, Tensor):
+            return Affine(self.mean + other, self.coef)
+        return Affine(self.mean + other.mean, self.coef + other.coef)
+
+    def __mul__(self, number: Tensor | float) -> Affine:
+        return Affine(self.mean * number, self.coef * number)
+
+    def __sub__(self, other: Affine) -> Affine:
+        return self + other * -1.0
+
+    def __rmatmul__(self, matrix: Tensor) -> Affine:
+        return Affine(self.mean @ matrix.mT, matrix @ self.coef)
+
+    @property
+    def mean_square(self) -> Tensor:
+        r"""The expectation of the squares, with shape :math:`(B, D)`."""
+        return self.mean.square() + self.coef.square().sum(-1)
+
+
+def white_noise(sizes: list[int], like: Tensor) -> list[Affine]:
+    r"""Returns independent standard normal vectors, whose noise is all there is.
+
+    Arguments:
+        sizes: The numbers of dimensions of the vectors.
+        like: A tensor with one row per datum, and with the dtype and the device of the vectors.
+
+    Returns:
+        The vectors, with :math:`N` noises in all, the sum of the sizes.
+    """
+    identity = torch.eye(sum(sizes), dtype=like.dtype, device=like.device)
+    return [Affine(like.new_zeros(len(like), len(C)), C) for C in identity.split(sizes)]
+
+
+def covariance(a: Affine, b: Affine) -> Tensor:
+    r"""Returns the covariance of two vectors, :math:`C_a C_b^\top`.
+
+    Arguments:
+        a: A vector with :math:`D_a` dimensions.
+        b: A vector with :math:`D_b` dimensions, of the same noise.
+
+    Returns:
+        The covariance of every datum, with shape :math:`(D_a, D_b)`.
+    """
+    return a.coef @ b.coef.mT
+
+
+def stack(variables: list[Affine]) -> Affine:
+    r"""Returns one vector with the dimensions of all vectors, in that order.
+
+    Arguments:
+        variables: The vectors, one or more, of the same noise.
+    """
+    return Affine(
+        torch.cat([v.mean for v in variables], -1), torch.cat([v.coef for v in variables])
+    )
+
+
+def condition(y: Affine, given: list[Affine]) -> tuple[Affine, Tensor]:
+    r"""Returns the mean of :math:`y` given other variables, affine in these, and its covariance.
+
+    .. math::
+        E[y | g] & = \mu_y + S_{yg} S_{gg}^{-1} (g - \mu_g) \\
+        \mathrm{Cov}[y | g] & = S_{yy} - S_{yg} S_{gg}^{-1} S_{gy}
+
+    Arguments:
+        y: The vector, with :math:`D` dimensions.
+        given: The vectors that are known, of the same noise. Their covariance :math:`S_{gg}` must
+            have an inverse. Without any, the mean and the covariance are those of :math:`y`.
+
+    Returns:
+        The mean, random as what is given is, and the covariance, with shape :math:`(D, D)`.
+
+    Example:
+        >>> z_0, noise = white_noise([1, 1], like=torch.zeros(1, 1))
+        >>> z_1 = z_0 * 0.8 + noise * 0.6
+        >>> mean, variance = condition(z_0, [z_1])
+        >>> variance
+        tensor([[0.3600]])
+    """
+    if not given:
+        return Affine(y.mean, torch.zeros_like(y.coef)), covariance(y, y)
+    given = stack(given)
+    gain = torch.linalg.solve(covariance(given, given), covariance(given, y)).mT
+    return Affine(y.mean, gain @ given.coef), covariance(y, y) - gain @ covariance(given, y)
+
+
+def cross_entropy(y: Affine, mean: Affine, sigma: Tensor) -> Tensor:
+    r"""Returns :math:`E[-\log \mathcal{N}(y; m, \mathrm{diag}(\sigma^2))]` for a random mean.
+
+    Arguments:
+        y: The vector :math:`y`, with :math:`D` dimensions.
+        mean: The mean :math:`m`, a vector of the same noise.
+        sigma: The standard deviations :math:`\sigma`, with shape :math:`(D,)`.
+
+    Returns:
+        The expectation in nats, with shape :math:`(B,)`.
+    """
+    squares = (y - mean).mean_square / sigma.square()
+    return (squares + (2 * math.pi * sigma.square()).log()).sum(-1) / 2
+
+
+def entropy(cov: Tensor) -> Tensor:
+    r"""Returns the entropy of a Gaussian, :math:`\frac{1}{2} \log \det(2 \pi e S)`, in nats.
+
+    Arguments:
+        cov: The covariance :math:`S`, with shape :math:`(D, D)`.
+    """
+    return torch.logdet(2 * math.pi * math.e * cov) / 2
+
+
+def expected_kl(mean_q: Affine, cov_q: Tensor, mean_p: Affine, sigma: Tensor) -> Tensor:
+    r"""Returns :math:`E[\mathrm{KL}(\mathcal{N}(m_q, S_q) \,\|\, \mathcal{N}(m_p,
+    \mathrm{diag}(\sigma^2)))]` for random means.
+
+    Arguments:
+        mean_q: The mean :math:`m_q`, with :math:`D` dimensions.
+        cov_q: The covariance :math:`S_q`, with shape :math:`(D, D)`.
+        mean_p: The mean :math:`m_p`, a vector of the same noise.
+        sigma: The standard deviations :math:`\sigma`, with shape :math:`(D,)`.
+
+    Returns:
+        The expectation in nats, with shape :math:`(B,)`.
+    """
+    trace = (cov_q.diagonal() / sigma.square()).sum() / 2
+    return cross_entropy(mean_q, mean_p, sigma) + trace - entropy(cov_q)
+
+
+# --- The oracle -----------------------------------------------------------------------------------
+
+
+class Oracle:
+    r"""Expectations under the guide of a linear-Gaussian VAE, in nats and one value per datum.
+
+    They are those of the parameters at the time of the call, except for those of the encoder and
+    the schedule, which are read once. Gradients follow by differentiation, more than once with
+    ``retain_graph=True``. A chain of :math:`T` steps takes :math:`O((T D)^3)` operations: the
+    oracle is for short chains.
+
+    Arguments:
+        vae: The VAE, such as :func:`~pyro_vaediff.bench.linear_gaussian_vae` makes.
+        x: The data, with shape :math:`(B, X)`, and with the dtype and the device of the VAE.
+
+    Raises:
+        ValueError: If the VAE is not linear and Gaussian with one copy of its parameters, or the
+            data are not such as it takes. Methods raise it for a timestep outside of 1 to
+            :math:`T`.
+
+    Example:
+        >>> from pyro_vaediff.bench import Oracle, linear_gaussian_vae
+        >>> vae = linear_gaussian_vae(num_timesteps=3, seed=0)
+        >>> oracle = Oracle(vae, torch.zeros(2, 3, dtype=torch.float64))
+        >>> {name: tuple(term.shape) for name, term in oracle.terms("x").items()}
+        {'x': (2,), 'z_3': (2,), 'z_s': (2, 2), 'z_0': (2,)}
+        >>> (oracle.log_evidence >= -oracle.negative_elbo).all()
+        tensor(True)
+        >>> gradients = torch.autograd.grad(oracle.negative_elbo.sum(), list(vae.parameters()))
+    """
+
+    x: Tensor  #: The data.
+    D: int  #: The number of latent dimensions.
+    T: int  #: The number of steps.
+    beta: Tensor  #: :math:`\beta_t` for :math:`t = 0, \dots, T`, as the schedule has them.
+    alpha_bar: Tensor  #: :math:`\bar\alpha_t = \prod_{s=1}^t (1 - \beta_s)`.
+    z: list[Affine]  #: The variables :math:`z_0, \dots, z_T` of the guide, given :math:`x`.
+
+    def __init__(self, vae: VAE, x: Tensor):
+        check_vae(vae)
+        check_data(vae, x)
+        self.x, self.prior, self.decoder = x, vae.prior, vae.decoder
+        self.D, self.T = vae.prior.latent_dim, vae.prior.num_timesteps
+        self.beta = beta = vae.prior.schedule.betas
+        self.alpha_bar = torch.cumprod(1 - beta, 0)
+
+        # The guide, by forward recursion: D noises for each of its T + 1 variables.
+        encoder = vae.encoder
+        noise = white_noise([self.D] * (self.T + 1), like=x)
+        scale = encoder.log_scale[0].exp().diag()
+        self.z = [scale @ noise[0] + (x @ encoder.weight[0].mT + encoder.bias[0])]
+        for t in range(1, self.T + 1):
+            self.z.append(self.z[t - 1] * (1 - beta[t]).sqrt() + noise[t] * beta[t].sqrt())
+
+    # The reverse kernel of the prior, from its definition.
+
+    def beta_tilde(self, t: int) -> Tensor:
+        r"""Returns the variance of :math:`z_{t-1}` given :math:`z_t` and :math:`z_0`.
+
+        Precisions add up: :math:`1 / \tilde\beta_t = (1 - \beta_t) / \beta_t + 1 / (1 -
+        \bar\alpha_{t-1})`. It is zero at :math:`t = 1`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        self._check_timestep(t)
+        return 1 / ((1 - self.beta[t]) / self.beta[t] + 1 / (1 - self.alpha_bar[t - 1]))
+
+    def fixed_variance(self, t: int) -> Tensor:
+        r"""Returns the reverse variance before any of it is learned.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        self._check_timestep(t)
+        use_tilde = self.prior.reverse_variance == "beta_tilde" and t > 1
+        return self.beta_tilde(t) if use_tilde else self.beta[t]
+
+    def sigma(self, t: int) -> Tensor:
+        r"""Returns the standard deviations :math:`\sigma_t` of :math:`p(z_{t-1} | z_t)`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+
+        Returns:
+            The standard deviations, with shape :math:`(D,)`.
+        """
+        sigma = self.fixed_variance(t).sqrt().expand(self.D)
+        if self.prior.reverse_variance == "learned":
+            ratio = self.beta_tilde(max(t, 2)) / self.beta[max(t, 2)] if self.T > 1 else 0.5
+            sigma = sigma * ratio ** -torch.tanh(self.prior.denoiser.u[0, t] / 2)
+        return sigma
+
+    def gain(self, t: int) -> Tensor:
+        r"""Returns what a unit change of the prediction changes in the mean of :math:`z_{t-1}`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        self._check_timestep(t)
+        alpha_bar, previous = self.alpha_bar[t], self.alpha_bar[t - 1]
+        # Of z_0 at fixed z_t: the weight of sqrt(alpha_bar_{t-1}) z_0 is its share of precision.
+        of_z0 = previous.sqrt() * (self.beta_tilde(t) / (1 - previous) if t > 1 else 1.0)
+        return {
+            "z0": of_z0,
+            "eps": of_z0 * -((1 - alpha_bar) / alpha_bar).sqrt(),
+            "v": of_z0 * -(1 - alpha_bar).sqrt(),
+            "mu": torch.ones_like(of_z0),
+        }[self.prior.parameterization]
+
+    def linear_reverse(self, t: int) -> tuple[Tensor, Tensor]:
+        r"""Returns the matrix and the vector of the reverse mean, :math:`\mu_\phi(z, t) = R z + r`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+
+        Returns:
+            The matrix :math:`R`, with shape :math:`(D, D)`, and :math:`r`, with shape :math:`(D,)`.
+        """
+        net, gain = self.prior.denoiser, self.gain(t)
+        skip = (1 - self.fixed_variance(t)).sqrt() * torch.eye(self.D).to(gain)
+        return skip + gain * net.weight[0, t], gain * net.bias[0, t]
+
+    def mu(self, t: int) -> Affine:
+        r"""Returns the reverse mean :math:`\mu_\phi(z_t, t)` under the guide.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        matrix, vector = self.linear_reverse(t)
+        return matrix @ self.z[t] + vector
+
+    # The bound, from its definition and term by term.
+
+    @property
+    def reconstruction(self) -> Tensor:
+        r"""The expectation of :math:`-\log p(x | z_0)`, with shape :math:`(B,)`."""
+        mean = self.decoder.weight[0] @ self.z[0] + self.decoder.bias[0]
+        x = Affine(self.x, torch.zeros_like(mean.coef))
+        return cross_entropy(x, mean, self.decoder.log_scale[0].exp())
+
+    @property
+    def negative_entropy(self) -> Tensor:
+        r"""The negative entropy :math:`-\mathrm{H}[q(z_0 | x)]`, with shape :math:`(B,)`."""
+        return -entropy(covariance(self.z[0], self.z[0])).expand(len(self.x))
+
+    @property
+    def negative_elbo(self) -> Tensor:
+        r"""The expectation of :math:`\log q(z_{0:T} | x) - \log p(z_{0:T}, x)`, with shape
+        :math:`(B,)`."""
+        z, joint = self.z, stack(self.z)
+        one, zero = torch.ones_like(z[0].mean[0]), z[0] * 0.0
+        steps = [cross_entropy(z[t - 1], self.mu(t), self.sigma(t)) for t in range(1, self.T + 1)]
+        cross = self.reconstruction + cross_entropy(z[self.T], zero, one) + sum(steps)
+        return cross - entropy(covariance(joint, joint))
+
+    def kl(self, t: int, given: list[Affine]) -> Tensor:
+        r"""Returns the expected KL of step :math:`t`, given :math:`z_t` and other variables.
+
+        .. math:: E[\mathrm{KL}(q(z_{t-1} | z_t, \dots, x) \,\|\, p(z_{t-1} | z_t))]
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+            given: The other variables of the guide that are known, from :attr:`z`. They must leave
+                :math:`z_{t-1}` a density.
+
+        Returns:
+            The KL, with shape :math:`(B,)`.
+        """
+        mean, sigma = self.mu(t), self.sigma(t)
+        return expected_kl(*condition(self.z[t - 1], [self.z[t], *given]), mean, sigma)
+
+    def terms(self, conditioning: str) -> dict[str, Tensor]:
+        r"""Returns the terms of the negative ELBO, by the names of
+        :func:`~pyro_vaediff.infer.elbo_terms`.
+
+        The KLs of the steps are whole: given :math:`z_0`, their constant part, due to the
+        variances, is in ``"z_s"`` and not a term of its own.
+
+        Arguments:
+            conditioning: What the KLs of the steps are conditioned on, ``"z_0"`` or ``"x"``.
+
+        Returns:
+            The terms, which sum to :attr:`negative_elbo`. Their shapes are :math:`(B,)`, and
+            :math:`(T - 1, B)` for ``"z_s"``.
+
+        Raises:
+            ValueError: If the conditioning is unknown.
+        """
+        check_choice("conditioning", conditioning, ("z_0", "x"))
+        T, z = self.T, self.z
+        given, first = ([z[0]], 2) if conditioning == "z_0" else ([], 1)
+        one, zero = torch.ones_like(z[0].mean[0]), z[0] * 0.0
+        steps = [self.kl(t, given) for t in range(first, T + 1)]
+        terms = {
+            "x": self.reconstruction,
+            f"z_{T}": expected_kl(*condition(z[T], given), zero, one),
+            "z_s": torch.stack(steps[2 - first :]) if T > 1 else self.x.new_zeros(0, len(self.x)),
+        }
+        if conditioning == "x":
+            return terms | {"z_0": steps[0]}
+        z_0 = cross_entropy(z[0], self.mu(1), self.sigma(1))
+        return terms | {"-H[z_0]": self.negative_entropy, "z_0": z_0}
+
+    def weighted(self, weighting: str) -> Tensor:
+        r"""Returns the expectation of a loss that is no bound: see
+        :mod:`pyro_vaediff.infer.weightings`.
+
+        Arguments:
+            weighting: The weighting, ``"simple"`` for the loss of Ho et al. or ``"paper"`` for the
+                paper's equation (20).
+
+        Returns:
+            The loss, with shape :math:`(B,)`.
+
+        Raises:
+            ValueError: If the weighting is unknown, or the variance is learned.
+        """
+        check_choice("weighting", weighting, ("simple", "paper"))
+        if self.prior.reverse_variance == "learned":
+            raise ValueError(
+                f"weighting={weighting!r} is defined for a fixed reverse variance: make the VAE "
+                f"with reverse_variance='beta' or 'beta_tilde'"
+            )
+        T, z = self.T, self.z
+        loss = self.reconstruction + self.negative_entropy
+        if weighting == "paper":
+            means = [condition(z[t - 1], [z[t], z[0]])[0] - self.mu(t) for t in range(2, T + 1)]
+            steps = [
+                (difference.mean_square / (2 * self.fixed_variance(t))).sum(-1)
+                for t, difference in enumerate(means, start=2)
+            ]
+            return loss + sum(steps) / max(1, len(steps))
+        for t in range(1, T + 1):
+            beta, one_minus = self.beta[t], 1 - self.alpha_bar[t]
+            eps = (z[t] - z[0] * self.alpha_bar[t].sqrt()) * one_minus.rsqrt()
+            # mu = (z_t - beta / sqrt(1 - alpha_bar) eps_hat) / sqrt(alpha), solved for eps_hat
+            eps_hat = (z[t] - self.mu(t) * (1 - beta).sqrt()) * (one_minus.sqrt() / beta)
+            loss = loss + (eps - eps_hat).mean_square.sum(-1) / T
+        return loss + self.terms("z_0")[f"z_{T}"]
+
+    def mean_field_bias(self, order: str) -> Tensor:
+        r"""Returns what Pyro's mean-field ELBO adds to the loss, as its closed forms are not legal.
+
+        It freezes :math:`\mu(z_t)` at each site. At an invalid site :math:`z_{t-1}`, the square
+        :math:`\| z_{t-1} - \mu(z_t) \|^2` is averaged as if both were independent given the guide's
+        parents of :math:`z_{t-1}`.
+
+        Arguments:
+            order: The order of the guide, ``"forward"``, ``"posterior"`` or ``"reversed"``. The
+                order of the VAE's prior is not looked at.
+
+        Returns:
+            The bias of :class:`pyro.infer.TraceMeanField_ELBO`, with shape :math:`(B,)`.
+
+        Raises:
+            ValueError: If the order is unknown.
+        """
+        check_choice("order", order, ("forward", "posterior", "reversed"))
+        sites = {"forward": range(1, self.T + 1), "posterior": range(1, 2), "reversed": ()}[order]
+        bias = torch.zeros_like(self.x[:, 0])
+        for t in sites:
+            parents = [self.z[t - 2]] if t > 1 else []
+            z, mu = ((y - condition(y, parents)[0]) for y in (self.z[t - 1], self.mu(t)))
+            bias = bias + (covariance(z, mu).diagonal() / self.sigma(t).square()).sum()
+        return bias
+
+    # The evidence, from the model alone.
+
+    def model(self) -> list[Affine]:
+        r"""Returns :math:`z_0, \dots, z_T, x` under the model, whose noise is not the guide's."""
+        T, D, X = self.T, self.D, self.x.shape[-1]
+        noise = white_noise([D] * (T + 1) + [X], like=self.x)
+        z = [noise[T]]
+        for t in range(T, 0, -1):
+            matrix, vector = self.linear_reverse(t)
+            z.insert(0, matrix @ z[0] + vector + self.sigma(t).diag() @ noise[t - 1])
+        x = self.decoder.weight[0] @ z[0] + self.decoder.bias[0]
+        return [*z, x + self.decoder.log_scale[0].exp().diag() @ noise[-1]]
+
+    @property
+    def log_evidence(self) -> Tensor:
+        r"""The evidence :math:`\log p(x)`, with shape :math:`(B,)`."""
+        x = self.model()[-1]
+        return dist.MultivariateNormal(x.mean, covariance(x, x)).log_prob(self.x)
+
+    def _check_timestep(self, t: int) -> None:
+        if t not in range(1, self.T + 1):
+            raise ValueError(f"t must be a whole number from 1 to T = {self.T}, got {t}")
+
+
+def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {argument} {value!r}: choose one of {', '.join(choices)}")
+
+
+def check_vae(vae: VAE) -> None:
+    r"""Raises a ``ValueError`` unless the parameters of a VAE say all about it."""
+
+    def check_type(name: str, value: object, expected: type) -> None:
+        # A subclass may compute something else from the same parameters.
+        if type(value) is not expected:
+            raise ValueError(
+                f"{name} must be of class {expected.__name__}, got {type(value).__name__}: "
+                f"linear_gaussian_vae makes a VAE whose ELBO is known"
+            )
+
+    check_type("vae", vae, VAE)
+    check_type("vae.prior", vae.prior, DiffusionPrior)
+    check_type("vae.encoder", vae.encoder, LinearGaussian)
+    check_type("vae.decoder", vae.decoder, LinearGaussian)
+    check_type("vae.prior.denoiser", vae.prior.denoiser, LinearDenoiser)
+
+    D, T, X = vae.prior.latent_dim, vae.prior.num_timesteps, vae.encoder.weight.shape[-1]
+    for name, network, shape in (
+        ("encoder", vae.encoder, (1, D, X)),
+        ("decoder", vae.decoder, (1, X, D)),
+        ("prior.denoiser", vae.prior.denoiser, (1, T + 1, D, D)),
+    ):
+        if network.weight.shape != shape:
+            raise ValueError(
+                f"vae.{name}.weight must have shape {shape}, got {tuple(network.weight.shape)}: "
+                f"linear_gaussian_vae makes a VAE that fits together, with one copy of everything"
+            )
+    learned = vae.prior.reverse_variance == "learned"
+    if hasattr(vae.prior.denoiser, "u") != learned:
+        raise ValueError(
+            f"vae.prior.denoiser must be made with learned_variance={learned} if the prior has "
+            f"reverse_variance={vae.prior.reverse_variance!r}"
+        )
+
+
+def check_data(vae: VAE, x: Tensor) -> None:
+    r"""Raises a ``ValueError`` unless the data are such as the VAE takes."""
+    X = vae.encoder.weight.shape[-1]
+    if not isinstance(x, Tensor) or x.ndim != 2 or len(x) == 0 or x.shape[1] != X:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"x must be a tensor of shape (B, {X}) with B >= 1, as the encoder of the VAE has {X} "
+            f"inputs, got {got}: reshape it, or make the VAE with another num_features"
+        )
+    for name, tensor in (*vae.named_parameters(), *vae.named_buffers()):
+        if (x.dtype, x.device) != (tensor.dtype, tensor.device):
+            raise ValueError(
+                f"x must have the dtype and the device of vae.{name}, {tensor.dtype} on "
+                f"{tensor.device}, got {x.dtype} on {x.device}: convert the data or the VAE"
+            )

@@ -1,0 +1,289 @@
+r"""Charts which compare gradient estimators of one ELBO: variance, cost, error and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from .charts import save
+from .layout import check_keys, column, label_points, legend_outside, log_axis, wrap
+from .style import BLACK, COLORS, DASHES, FONT, GREY, ORANGE, VERMILLION, slide
+
+__all__ = [
+    "pareto_front",
+    "plot_convergence",
+    "plot_gradient_noise",
+    "plot_pareto",
+    "plot_training",
+]
+
+MARKERS = "osD^vPX*"
+BIASED = (VERMILLION, ORANGE)
+UNBIASED = tuple(color for color in COLORS if color not in BIASED)
+
+
+def pareto_front(cost: Tensor | Sequence[float], variance: Tensor | Sequence[float]) -> list[int]:
+    r"""Returns the points that no other one dominates, by increasing cost.
+
+    A point dominates another if neither its cost nor its variance is larger, and one is smaller.
+    Equal points do not dominate each other.
+
+    Arguments:
+        cost: The cost of each point in any unit, with shape :math:`(n,)`.
+        variance: The variance of each point in any unit, with shape :math:`(n,)`.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        ValueError: If a value is not finite, or a shape is not :math:`(n,)`.
+    """
+    costs = column("cost", cost).tolist()
+    points = list(zip(costs, column("variance", variance, len(costs)).tolist(), strict=True))
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=points.__getitem__):
+        if not front or points[i][1] < points[front[-1]][1] or points[i] == points[front[-1]]:
+            front.append(i)
+    return front
+
+
+def plot_pareto(
+    points: Sequence[Mapping[str, object]],
+    path: str | Path,
+    title: str = "Variance against cost of gradient estimators",
+) -> None:
+    r"""Plots estimators by cost and variance, and the frontier of those which none dominates.
+
+    Estimators on one grey diagonal are equally good: half the variance takes twice the time.
+
+    Arguments:
+        points: A record per estimator, with the keys ``"name"``; ``"group"``, which decides color
+            and marker; ``"cost"`` in milliseconds per step; and ``"variance"``, relative to that
+            of a baseline. The frontier is labelled, and so are records with ``"label": True``.
+        path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
+        title: The title.
+
+    Raises:
+        ValueError: If there are no points, a key is missing, or a number is not finite or not
+            positive.
+    """
+    check_keys("points", points, ("name", "group", "cost", "variance"))
+    cost = column("points 'cost'", [point["cost"] for point in points], positive=True)
+    variance = column("points 'variance'", [point["variance"] for point in points], positive=True)
+    front = pareto_front(cost, variance)
+    groups = [str(point["group"]) for point in points]
+
+    figure, (axes,) = slide(title)
+    figure.set_size_inches(10, 4.5)
+    axes.grid(False)
+    # With room for names below and to the left of the frontier, where there are no points.
+    left, right = log_axis(axes.xaxis, cost, 1.5, room=0.3)
+    bottom, top = log_axis(axes.yaxis, variance, 1.5, room=0.15)
+    low, high = math.log(left * bottom), math.log(right * top)
+    factor = next(x for x in (2, *(10**k for k in range(1, 99))) if high - low < 12 * math.log(x))
+    first, last = math.ceil(low / math.log(factor)), math.floor(high / math.log(factor))
+    for k in range(first, last + 1):
+        label = f"equal variance × time,\n{factor}× apart" if k == first else ""
+        merit = float(factor) ** k
+        style = {"color": "#BBBBBB", "linewidth": 0.8, "zorder": 1, "label": label}
+        axes.plot([left, right], [merit / left, merit / right], **style)
+    x = torch.cat([cost[front], cost.new_tensor([right])]).repeat_interleave(2)[:-1]
+    y = torch.cat([cost.new_tensor([top]), variance[front]]).repeat_interleave(2)[1:]
+    axes.plot(x, y, color=BLACK, linewidth=2, label="Pareto frontier")
+    for i, group in enumerate(dict.fromkeys(groups)):
+        mine = [j for j, other in enumerate(groups) if other == group]
+        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "s": 70}
+        axes.scatter(cost[mine], variance[mine], ec="white", label=wrap(group), zorder=3, **style)
+        mine = [j for j in mine if j in front]
+        axes.scatter(cost[mine], variance[mine], ec=BLACK, zorder=3.5, **style)
+    axes.set_xlabel("time of a step (ms)", fontsize=FONT)
+    axes.set_ylabel("variance relative to the baseline", fontsize=FONT)
+    legend_outside(figure, 700, loc="outside right center")
+    wanted = front + [i for i, p in enumerate(points) if p.get("label") and i not in front]
+    names = {i: str(points[i]["name"]) for i in wanted}
+    label_points(axes, torch.stack([cost, variance], -1), names, torch.stack([x, y], -1))
+    save(figure, path)
+
+
+def plot_convergence(
+    errors: Mapping[str, Mapping[str, object]],
+    path: str | Path,
+    title: str = "Error against the number of samples",
+    floor: float | None = None,
+) -> None:
+    r"""Plots how the errors of estimators fall, beside the :math:`1 / \sqrt{n}` of averages.
+
+    Arguments:
+        errors: For each name, the keys ``"samples"``, with shape :math:`(n,)`; ``"error"``, root
+            mean squares in nats per datum, with shape :math:`(n,)`; and ``"biased"``, whether it
+            converges to something else. Biased ones are reddish and dashed.
+        path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
+        title: The title.
+        floor: The error of the reference in nats per datum, if it has one: errors below it are
+            not resolved.
+
+    Raises:
+        ValueError: If there are no errors, a key is missing, or a number is not finite or not
+            positive.
+    """
+    check_keys("errors", errors, ("samples", "error", "biased"))
+    runs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, run in errors.items():
+        n = column(f"errors {name!r} 'samples'", run["samples"], positive=True)
+        runs[name] = n, column(f"errors {name!r} 'error'", run["error"], len(n), positive=True)
+    levels = [] if floor is None else [column("floor", [floor], positive=True)]
+    fair = [runs[name] for name in runs if not errors[name]["biased"]] or list(runs.values())
+
+    figure, (axes,) = slide(title)
+    figure.set_size_inches(10, 4.5)
+    ends = torch.tensor(log_axis(axes.xaxis, torch.cat([n for n, _ in runs.values()]), 1.3))
+    bottom, _ = log_axis(
+        axes.yaxis, torch.cat([*(error for _, error in runs.values()), *levels]), 2
+    )
+    count = {True: 0, False: 0}
+    for i, (name, (n, error)) in enumerate(runs.items()):
+        biased = bool(errors[name]["biased"])
+        colors, k = BIASED if biased else UNBIASED, count[biased]
+        style = {"color": colors[k % len(colors)], "linestyle": DASHES[1 + k % 3 if biased else 0]}
+        style |= {"linewidth": 2.5, "marker": MARKERS[i % len(MARKERS)] if len(n) <= 30 else ""}
+        axes.plot(n, error, label=wrap(f"{name} (biased)" if biased else name), **style)
+        count[biased] += 1
+    guide = 1.5 * max((n.sqrt() * error).max() for n, error in fair) / ends.sqrt()
+    axes.plot(ends, guide, color=GREY, linewidth=1, label="slope −1/2")
+    if floor is not None:
+        axes.axhspan(
+            bottom, floor, color="#E5E5E5", zorder=0, label="not resolved by\nthe reference"
+        )
+    axes.set_xlabel("number of samples", fontsize=FONT)
+    axes.set_ylabel("RMS error (nats per datum)", fontsize=FONT)
+    legend_outside(figure, 700, loc="outside right center", handlelength=2.8)
+    save(figure, path)
+
+
+def plot_gradient_noise(
+    t: Tensor,
+    noise: Mapping[str, Tensor],
+    proposals: Mapping[str, Tensor],
+    path: str | Path,
+    title: str = "Which timesteps are noisy, and which are drawn",
+) -> None:
+    r"""Plots the size of the gradient of a timestep, and the probability of drawing it.
+
+    A curve has a gap where it is zero, and ends a million times below the largest value.
+
+    Arguments:
+        t: Increasing timesteps, with shape :math:`(n,)`.
+        noise: For each name, the root mean square norm of the gradient of the KL term of one
+            timestep, with shape :math:`(n,)`.
+        proposals: For each name, the probability :math:`r(t)` of a timestep, with shape
+            :math:`(n,)`. The one named ``"optimal"`` is black and thick.
+        path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
+        title: The title.
+
+    Raises:
+        ValueError: If there are no curves, ``t`` does not increase from above zero, or a curve is
+            negative or not finite somewhere, or zero everywhere.
+    """
+    t = column("t", t, positive=True)
+    if (t.diff() <= 0).any():
+        i = int((t.diff() <= 0).nonzero()[0])
+        raise ValueError(f"t must increase, got {t[i + 1]:g} after {t[i]:g}")
+    panels = {"noise": dict(noise), "proposals": dict(proposals)}
+    for kind, curves in panels.items():
+        if not curves:
+            raise ValueError(f"{kind} must hold at least one curve, got none")
+        for name, values in curves.items():
+            curves[name] = values = column(f"{kind} {name!r}", values, len(t))
+            if (values < 0).any() or not values.any():
+                message = "must not be negative, nor zero everywhere, got a smallest value of"
+                raise ValueError(f"{kind} {name!r} {message} {values.min():g}")
+    # A name has one look in both panels, and two names have two.
+    looks = {}
+    for i, name in enumerate(name for name in {**noise, **proposals} if name != "optimal"):
+        looks[name] = {"color": COLORS[i % 6], "linestyle": DASHES[i % 4], "linewidth": 2.5}
+    looks["optimal"] = {"color": BLACK, "linewidth": 6, "zorder": 1.9}
+
+    figure, (left, right) = slide(title, panels=2)
+    for axes, curves in zip((left, right), panels.values(), strict=True):
+        for name, values in curves.items():
+            # Markers show single values between zeros.
+            marker = "o" if len(t) <= 30 else "" if values.all() else "."
+            axes.plot(
+                t, values.where(values > 0, torch.nan), label=name, marker=marker, **looks[name]
+            )
+        values = torch.cat(list(curves.values()))
+        log_axis(axes.xaxis, t, 1.25)
+        log_axis(axes.yaxis, values[values > 1e-6 * values.max()], 2)
+        axes.set_xlabel("timestep t", fontsize=FONT)
+        legend_outside(axes, 700, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    left.set_ylabel("RMS gradient norm of step t", fontsize=FONT)
+    right.set_ylabel("probability r(t)", fontsize=FONT)
+    save(figure, path)
+
+
+def plot_training(
+    curves: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    path: str | Path,
+    title: str = "Negative ELBO of the test images during training",
+) -> None:
+    r"""Plots the loss against seconds and against steps: mean and deviation over seeds.
+
+    The axis is cut above the second half of the curves, which then fills most of it.
+
+    Arguments:
+        curves: For each name, a record per seed, with the keys ``"seconds"``, ``"steps"`` and
+            ``"loss"`` (nats per datum), each with shape :math:`(n,)`. The seeds of a name have
+            the same :math:`n`; the band is one standard deviation to each side.
+        path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
+        title: The title.
+
+    Raises:
+        ValueError: If there are no curves, a key is missing, seeds differ in :math:`n`, or a value
+            is not finite.
+    """
+    if not curves:
+        raise ValueError("curves must not be empty")
+    means: dict[str, dict[str, Tensor]] = {}
+    for name, seeds in curves.items():
+        check_keys(f"curves {name!r}", seeds, ("seconds", "steps", "loss"))
+        n, stacks = len(column(f"curves {name!r} 'steps' of seed 0", seeds[0]["steps"])), {}
+        for key in ("seconds", "steps", "loss"):
+            what = f"curves {name!r} {key!r} of seed"
+            stacks[key] = torch.stack(
+                [column(f"{what} {i}", s[key], n) for i, s in enumerate(seeds)]
+            )
+        means[name] = {key: stack.mean(0) for key, stack in stacks.items()}
+        means[name]["band"] = stacks["loss"].std(0, correction=min(1, len(seeds) - 1))
+
+    figure, (left, right) = slide(title, panels=2)
+    right.sharey(left)
+    right.tick_params(labelleft=False)
+    for axes, key in ((left, "seconds"), (right, "steps")):
+        for i, (name, mean) in enumerate(means.items()):
+            color, x, y, band = COLORS[i % len(COLORS)], mean[key], mean["loss"], mean["band"]
+            style = {"linestyle": DASHES[i % len(DASHES)]}
+            style |= {"marker": "o", "clip_on": False} if len(y) == 1 else {}
+            axes.plot(x, y, color=color, linewidth=2.5, label=name, **style)
+            if band.any():
+                axes.fill_between(x, y - band, y + band, color=color, alpha=0.2, linewidth=0)
+        axes.set_xlim(0, 1.02 * max(mean[key].max().item() for mean in means.values()) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter("{x:,g}")
+    low = min((mean["loss"] - mean["band"]).min().item() for mean in means.values())
+    late = [(m["loss"] + m["band"])[len(m["loss"]) // 2 :].max().item() for m in means.values()]
+    span = (max(late) - low) or 1.0
+    left.set_ylim(low - 0.05 * span, max(late) + 0.15 * span)
+    left.set_xlabel("wall-clock time (s)", fontsize=FONT)
+    right.set_xlabel("training steps", fontsize=FONT)
+    left.set_ylabel("test −ELBO (nats per datum)", fontsize=FONT)
+    handles, _ = left.get_legend_handles_labels()
+    if any(mean["band"].any() for mean in means.values()):
+        handles.append(Patch(color=GREY, alpha=0.3, label="± 1 standard deviation of seeds"))
+    legend_outside(figure, 1560, loc="outside lower center", handles=handles)
+    save(figure, path)
