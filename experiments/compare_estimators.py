@@ -5,8 +5,9 @@ r"""Compares estimators of the ELBO on one model: bias, variance and cost.
 
 The model is that of a run of ``run.py`` with a diffusion prior, at every epoch that ``--snapshots``
 of ``run.py`` has kept and at its best one; or with ``--oracle`` a linear-Gaussian VAE, whose ELBO
-and gradient have a closed form. All estimators see the same minibatch. Those that unroll the whole
-chain, which takes seconds at T = 1000, are on the bench at the last moment only. Measured are
+and gradient have a closed form, before, while and after it is fitted to data. All estimators see
+the same minibatch. Those that unroll the whole chain, which takes seconds at T = 1000, are on the
+bench at the last moment only. Measured are
 
     bias        against the closed form, or the mean over all timesteps and many particles, with a
                 95 % confidence interval; for the counter-examples, beside the predicted one
@@ -21,7 +22,7 @@ chain, which takes seconds at T = 1000, are on the bench at the last moment only
 The folder ``--out`` then holds
 
     estimators.csv              everything, a row per estimator and moment of training
-    estimators.md               the tables to read, with the command, the seed and the machine
+    estimators.md               the page to read, with the command, the seed and the machine
     pareto-MODULE.png           variance against cost, at the last moment
     convergence.png, .csv       error of the value against the number of samples
     gradient_noise.png, .csv    gradient noise by timestep, and what the proposals make of it
@@ -32,6 +33,7 @@ To put another estimator on the bench, add an entry to ``pyro_vaediff/bench/entr
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import shlex
 import sys
@@ -49,6 +51,7 @@ from pyro_vaediff.bench import (
     BASELINE,
     ENTRIES,
     Entry,
+    Oracle,
     Reference,
     add_merits,
     draw_values,
@@ -122,11 +125,19 @@ def load_run(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
 
 
 def load_oracle(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
-    r"""Returns the linear-Gaussian VAE, and minibatches that it has generated."""
+    r"""Returns the linear-Gaussian VAE while it is fitted, and minibatches of its first data."""
     vae = linear_gaussian_vae(args.num_timesteps, seed=args.seed).to(args.device)
     with torch.no_grad():
         x = vae.model(num_samples=args.batch_size * args.minibatches)
-    return {"oracle": vae}, x.unflatten(0, (args.minibatches, args.batch_size))
+    adam, moments = torch.optim.Adam(vae.parameters(), lr=0.02), {}
+    for step in range(401):
+        if step in (0, 40, 400):
+            moments["initial" if step == 0 else f"{step} steps"] = copy.deepcopy(vae)
+        adam.zero_grad()
+        Oracle(vae, x).negative_elbo.mean().backward()
+        adam.step()
+    vae.zero_grad()
+    return moments, x.unflatten(0, (args.minibatches, args.batch_size))
 
 
 def choose(patterns: Sequence[str]) -> list[Entry]:
@@ -148,7 +159,7 @@ def measure_errors(
     errors = {}
     for entry in entries:
         if entry.name in CONVERGENCE:
-            values = draw_values(entry, vae, x, args.values, 6 * args.seconds)
+            values = draw_values(entry, vae, x, args.values, 8 * args.seconds)
             samples, error = rms_error(values, reference.value)
             biased = bool(entry.counterexample)
             name = entry.name.replace(" | ", " given ")
@@ -188,25 +199,41 @@ def report(
     records: dict[str, list[dict]],
     noises: dict[str, dict[str, float]],
     references: dict[str, Reference],
+    pictures: dict[str, str],
 ) -> str:
+    r"""Returns a page of tables and pictures."""
     command = shlex.join(["python", "experiments/compare_estimators.py", *args.argv])
     lines = [
+        f"# The bench: {args.title}",
+        "",
         f"`{command}`: batches of {args.batch_size}, up to {args.draws} draws, seed {args.seed}, "
         f"on {machine(args.device)}; torch {torch.__version__}, pyro {pyro.__version__}, "
         f"{datetime.date.today()}.",
+        "",
+        "Values are in nats per datum. The bias has a 95 % confidence interval. The variance of a "
+        "gradient is the trace of its covariance, SNR its signal-to-noise ratio. *z_t* counts the "
+        "latents per datum at which the denoiser is evaluated. Times are those of a whole training "
+        "step, and memory that of the tensors which it makes. The merit is variance × time, as a "
+        "multiple of what the first row makes of it.",
+        "",
+        *(f"![{caption}]({name}.png)" + "\n" for name, caption in pictures.items()),
     ]
     for moment, rows in records.items():
         reference = references[moment]
-        lines += ["", f"### {moment[0].upper()}{moment[1:]}", ""]
+        lines += ["", f"## {moment[0].upper()}{moment[1:]}", ""]
         known = "exact" if reference.value_se == 0 else f"± {1.96 * reference.value_se:.2f}"
-        lines += [f"Reference −ELBO: {reference.value:.2f} nats per datum ({known})."]
+        lines += [f"Reference −ELBO: {minus(reference.value)} nats per datum ({known})."]
         if reference.evidence is not None:
             lines += [
-                f"−log p(x): {-reference.evidence:.2f} nats. A loss whose bias is below "
-                f"{-reference.evidence - reference.value:.2f} claims more than the evidence."
+                f"−log p(x): {minus(-reference.evidence)} nats. A loss whose bias is below "
+                f"{minus(-reference.evidence - reference.value)} claims more than the evidence."
             ]
         lines += ["", *markdown_table(rows, noises[moment])]
-    return "\n".join(lines).replace("−-", "−") + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def minus(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
 
 
 def plot(
@@ -215,7 +242,9 @@ def plot(
     errors: dict[str, dict],
     floor: float,
     by_timestep: list[dict],
-) -> None:
+) -> dict[str, str]:
+    r"""Draws the pictures, and returns their captions by name."""
+    pictures = {}
     baseline = next(r for r in rows if r["estimator"] == BASELINE)
     valid = [r for r in rows if not ENTRIES[r["estimator"]].counterexample]
     for module in ("prior", "encoder", "decoder"):
@@ -231,7 +260,9 @@ def plot(
         ]
         title = f"Gradient of the {module}: variance against cost"
         plot_pareto(points, args.out / f"pareto-{module}.png", title)
+        pictures[f"pareto-{module}"] = title
     plot_convergence(errors, args.out / "convergence.png", floor=floor or None)
+    pictures["convergence"] = "Error of the value against the number of samples"
     write_csv(
         args.out / "convergence.csv",
         [
@@ -246,6 +277,8 @@ def plot(
         proposals = {n[2:]: r for n, r in columns.items() if n.startswith("r ")}
         noise = {n: rms for n, rms in columns.items() if " given " in n}
         plot_gradient_noise(columns["t"], noise, proposals, args.out / "gradient_noise.png")
+        pictures["gradient_noise"] = "Gradient noise by timestep"
+    return pictures
 
 
 # The script ---------------------------------------------------------------------------------------
@@ -267,7 +300,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="fewer draws of an estimator if they take longer, but 4 at least (1; oracle 20)",
+        help="fewer draws of an estimator if they take longer, but 4 at least (0.5; oracle 10)",
     )
     parser.add_argument("--batch-size", type=int, help="(100; oracle 20)")
     parser.add_argument("--minibatches", type=int, default=12, help="(%(default)s)")
@@ -278,6 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", type=torch.device, default="cpu", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few draws of small batches")
+    parser.add_argument("--title", help="of the page (oracle, or the name of the run)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--out", type=Path, help="(runs/estimators-NAME)")
     args = parser.parse_args(argv)
@@ -286,7 +320,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     quick, oracle = args.quick, args.oracle
     defaults = {
         "draws": 8 if quick else 400 if oracle else 40,
-        "seconds": 0.2 if quick else 20.0 if oracle else 1.0,
+        "seconds": 0.2 if quick else 10.0 if oracle else 0.5,
         "batch_size": 4 if quick else 20 if oracle else 100,
     }
     for name, value in defaults.items():
@@ -303,9 +337,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{option} must be at least {least}, got {getattr(args, name)}")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
-    args.out = args.out or Path("runs") / (
-        "estimators-oracle" if oracle else f"estimators-{args.checkpoint.resolve().name}"
-    )
+    name = "oracle" if oracle else args.checkpoint.resolve().name
+    args.out = args.out or Path("runs") / f"estimators-{name}"
+    args.title = args.title or name
     return args
 
 
@@ -329,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.oracle:
                 reference = exact_reference(vae, x)
             else:
-                reference = exhaustive_reference(vae, x, draws=2 if args.quick else 6)
+                reference = exhaustive_reference(vae, x, draws=2 if args.quick else 4)
             references[moment], records[moment] = reference, []
             for entry in entries:
                 bar.update()
@@ -357,12 +391,12 @@ def main(argv: list[str] | None = None) -> None:
         for rows in records.values()
         for row in rows
     ]
-    text = report(args, records, noises, references)
-    print(f"\n{text}")
     write_csv(args.out / "estimators.csv", every)
-    write_atomically(args.out / "estimators.md", lambda file: file.write(text.encode()))
     floor = list(references.values())[-1].value_se
-    plot(args, list(records.values())[-1], errors, floor, by_timestep)
+    pictures = plot(args, list(records.values())[-1], errors, floor, by_timestep)
+    text = report(args, records, noises, references, pictures)
+    write_atomically(args.out / "estimators.md", lambda file: file.write(text.encode()))
+    print(f"\n{text}")
     print(f"written to {args.out}")
 
 

@@ -22,7 +22,7 @@ The folder ``--out`` then holds
     times.csv       milliseconds per step
     curves/*.csv    a file per run: seconds, steps, test -ELBO
     training.csv    the end of every run: one row per estimator and seed
-    training.md     its summary: mean and standard deviation over seeds
+    training.md     the page to read: mean and standard deviation over seeds
     training.png    test -ELBO against seconds, and against steps
 
 Runs whose file is there are not repeated: a comparison that was stopped continues, and a new
@@ -175,6 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam (%(default)s)")
     parser.add_argument("--clip-norm", type=float, default=1000.0, help="(%(default)s)")
     parser.add_argument("--device", type=torch.device, default="cpu", help="(%(default)s)")
+    parser.add_argument("--title", help="of the page (the name of the data set or run)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--out", type=Path, help="(runs/training-DATASET)")
     args = parser.parse_args(argv)
@@ -187,6 +188,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: no CUDA device is available")
     name = args.start.resolve().name if args.start else args.dataset
     args.out = args.out or Path("runs") / f"training-{name}"
+    args.title = args.title or name
     args.argv = sys.argv[1:] if argv is None else argv
     return args
 
@@ -244,10 +246,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.seconds:g} s per run on {machine(args.device)}; torch {torch.__version__}, pyro "
         f"{pyro.__version__}, {datetime.date.today()}."
     )
-    table = "\n".join([caption, "", *lines]) + "\n"
-    print(f"\n{table}")
+    picture = "![Test −ELBO during training](training.png)"
+    text = "\n".join([f"# Equal time: {args.title}", "", caption, "", *lines, "", picture]) + "\n"
+    print(f"\n{text}")
     write_csv(args.out / "training.csv", records)
-    write_atomically(args.out / "training.md", lambda file: file.write(table.encode()))
+    write_atomically(args.out / "training.md", lambda file: file.write(text.encode()))
     plot_training(
         {name: [columns(c) for c in by_seed.values()] for name, by_seed in curves.items()},
         args.out / "training.png",

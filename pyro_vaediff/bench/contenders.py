@@ -5,7 +5,8 @@ Each of them is unbiased. What they gain and what they cost is in the tables of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -17,7 +18,16 @@ from ..diffusion import at_time, base_normal, normal, q_reverse_moments
 from ..infer import Collapse, LossAware, Timestep_ELBO
 from ..priors import DiffusionPrior
 
-__all__ = ["ControlVariate_ELBO", "GradientAware", "Hybrid_ELBO", "Orthogonal", "Orthogonal_ELBO"]
+__all__ = [
+    "ControlVariate_ELBO",
+    "Coupled",
+    "GradientAware",
+    "Hybrid_ELBO",
+    "Orthogonal",
+    "Orthogonal_ELBO",
+    "Shared",
+    "Shared_ELBO",
+]
 
 
 class GradientAware(LossAware):
@@ -134,10 +144,10 @@ class ControlVariate_ELBO(_Corrected):
         return sampled, scale_and_mask(expected, start["scale"], start["mask"])
 
 
-class Orthogonal(Messenger):
-    r"""An effect handler that makes the noises of a datum's timesteps orthogonal to each other.
+class Coupled(Messenger, ABC):
+    r"""An effect handler that couples the noises of a datum's timesteps.
 
-    The noise of every timestep is still a standard normal, and their directions are spread out.
+    The noise of every timestep must still be a standard normal.
 
     Arguments:
         plate: The name of the plate of the timesteps.
@@ -147,24 +157,56 @@ class Orthogonal(Messenger):
         super().__init__()
         self.plate = plate
 
+    @abstractmethod
+    def couple(self, noise: Tensor) -> Tensor:
+        r"""Returns coupled noises from independent ones, with shape :math:`(*, k, D)`."""
+
     def _pyro_sample(self, msg: dict) -> None:
         dims = {frame.name: frame.dim for frame in msg["cond_indep_stack"]}
         normal = base_normal(msg["fn"])
         if msg["done"] or self.plate not in dims or normal is None:
             return
         fn, dim = msg["fn"], dims[self.plate] - len(msg["fn"].event_shape)
-        noise = torch.randn(fn.batch_shape + fn.event_shape).to(fn.mean)
-        rows = noise.movedim(dim, -2)  # (*, k, D)
-        groups = [torch.linalg.qr(rows_.mT)[0].mT for rows_ in rows.split(rows.shape[-1], dim=-2)]
+        shape, like = fn.batch_shape + fn.event_shape, fn.mean
+        noise = torch.randn(shape, dtype=like.dtype, device=like.device).movedim(dim, -2)
+        msg["value"] = normal.loc + normal.scale * self.couple(noise).movedim(-2, dim)
+
+
+class Orthogonal(Coupled):
+    r"""Makes the noises of a datum's timesteps orthogonal, in groups of :math:`D`."""
+
+    def couple(self, noise: Tensor) -> Tensor:
+        r"""Returns coupled noises from independent ones, with shape :math:`(*, k, D)`."""
+        groups = [torch.linalg.qr(rows.mT)[0].mT for rows in noise.split(noise.shape[-1], dim=-2)]
         # The signs of QR are not uniform: those of the noise are.
-        directions = torch.cat(groups, -2) * torch.randn_like(rows[..., :1]).sign()
-        length = torch.randn_like(rows).norm(dim=-1, keepdim=True)
-        msg["value"] = normal.loc + normal.scale * (length * directions).movedim(-2, dim)
+        signs = torch.randn_like(noise[..., :1]).sign()
+        length = torch.randn_like(noise).norm(dim=-1, keepdim=True)
+        return length * signs * torch.cat(groups, -2)
 
 
-class Orthogonal_ELBO(Timestep_ELBO):
+class Shared(Coupled):
+    r"""Gives all timesteps of a datum the same noise: a point of the same path at many times."""
+
+    def couple(self, noise: Tensor) -> Tensor:
+        r"""Returns coupled noises from independent ones, with shape :math:`(*, k, D)`."""
+        return noise[..., :1, :].expand_as(noise)
+
+
+class _Coupled_ELBO(Timestep_ELBO):
+    coupling: type[Coupled]
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+        guide = self.coupling(self.mirrored_plates[0])(guide)
+        return super()._get_trace(model, guide, args, kwargs)
+
+
+class Orthogonal_ELBO(_Coupled_ELBO):
     r"""A :class:`Timestep_ELBO` whose timesteps have orthogonal noise."""
 
-    def _get_trace(self, model, guide, args: tuple, kwargs: dict) -> tuple:
-        guide = Orthogonal(self.mirrored_plates[0])(guide)
-        return super()._get_trace(model, guide, args, kwargs)
+    coupling = Orthogonal
+
+
+class Shared_ELBO(_Coupled_ELBO):
+    r"""A :class:`Timestep_ELBO` whose timesteps have the same noise."""
+
+    coupling = Shared

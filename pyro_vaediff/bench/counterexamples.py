@@ -30,10 +30,9 @@ class NoisyIWAE(Timestep_ELBO):
         log_weights = torch.stack(self.log_weights(model, guide, *args, **kwargs))
         return (math.log(self.num_particles) - torch.logsumexp(log_weights, dim=0)).sum()
 
-    @torch.no_grad()
-    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
-        r"""Returns the loss, summed over the data."""
-        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+    def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> dict[str, Tensor]:
+        r"""Returns the loss, whose logarithm has no terms."""
+        return {"-log-mean-exp": self.differentiable_loss(model, guide, *args, **kwargs)}
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
         r"""Returns the loss, and adds its gradient to those of the parameters."""
@@ -102,31 +101,34 @@ def mean_field_bias(
     m, s2 = gaussian_moments(vae.encode(x))
     last = {"forward": vae.prior.num_timesteps, "posterior": 1, "reversed": 0}[order]
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, *m.shape, dtype=m.dtype, device=m.device)
+    betas, alphas_cumprod = schedule.betas, schedule.alphas_cumprod
+    one_minus, alphas = schedule.one_minus_alphas_cumprod, schedule.alphas
 
-    def step(z: Tensor, variance: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        deviation = variance.sqrt() * noise(*z.shape[: z.ndim - m.ndim])
-        return alpha.sqrt() * z + deviation, deviation
+    def noise(variance: Tensor, count: int = 1) -> Tensor:
+        shape = (count, *m.shape)
+        return variance.sqrt() * torch.randn(shape, dtype=m.dtype, device=m.device)
 
-    def covariance(z: Tensor, deviation: Tensor, t: int | Tensor) -> float:
-        z_t, _ = step(z, at_time(schedule.betas, t), at_time(schedule.alphas, t))
-        mu = vae.prior.reverse(z_t, t).mean
-        return (deviation * mu / at_time(kernel.sigmas, t).square()).sum().item() / len(x)
+    def covariance(mean: Tensor, deviation: Tensor, t: Tensor) -> float:
+        # What mu has in common for both signs of the deviation is noise without it.
+        step = noise(at_time(betas, t), len(t))
+        up, down = (
+            vae.prior.reverse(at_time(alphas, t).sqrt() * (mean + z) + step, t).mean
+            for z in (deviation, -deviation)
+        )
+        products = deviation * (up - down) / (2 * at_time(kernel.sigmas, t).square())
+        return products.sum().item() / len(x)
 
     def draw() -> float:
         if last == 0:
             return 0.0
-        total = covariance(*step(m, s2, m.new_ones(())), 1)
+        total = covariance(m, noise(s2), torch.ones(1, 1, dtype=torch.long, device=x.device))
         for t in torch.arange(2, last + 1, device=x.device).split(chunk_size):
             t = t.unsqueeze(-1)
-            z_0 = step(m.expand(len(t), *m.shape), s2, m.new_ones(()))[0]
-            # To z_{t-2}, which is z_0 at t = 2, and from there to z_{t-1}.
-            to = [at_time(table, t - 2) for table in (one_minus, alphas_cumprod)]
-            z = step(z_0, *to)[0]
-            z, deviation = step(z, at_time(schedule.betas, t - 1), at_time(schedule.alphas, t - 1))
-            total += covariance(z, deviation, t)
+            # To z_{t-2}, which is z_0 at t = 2, and from there to the mean of z_{t-1}.
+            z = at_time(alphas_cumprod, t - 2).sqrt() * (m + noise(s2, len(t)))
+            z = z + noise(at_time(one_minus, t - 2), len(t))
+            mean = at_time(alphas, t - 1).sqrt() * z
+            total += covariance(mean, noise(at_time(betas, t - 1), len(t)), t)
         return total
 
-    one_minus, alphas_cumprod = schedule.one_minus_alphas_cumprod, schedule.alphas_cumprod
     return torch.tensor([draw() for _ in range(draws)])

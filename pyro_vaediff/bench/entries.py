@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from ..infer import Timestep_ELBO, TraceKL_ELBO
-from .contenders import ControlVariate_ELBO, GradientAware, Hybrid_ELBO, Orthogonal_ELBO
+from .contenders import (
+    ControlVariate_ELBO,
+    GradientAware,
+    Hybrid_ELBO,
+    Orthogonal_ELBO,
+    Shared_ELBO,
+)
 from .counterexamples import NoisyIWAE
 
 __all__ = ["BASELINE", "ENTRIES", "SERIOUS", "Entry", "timestep_entry"]
@@ -131,6 +137,7 @@ _entries = [
     timestep_entry("importance", 8, group="other ideas", make=Hybrid_ELBO, **LD),
     timestep_entry("importance", 8, group="other ideas", make=ControlVariate_ELBO, **LD),
     timestep_entry("importance", 8, group="other ideas", make=Orthogonal_ELBO, **LD),
+    timestep_entry("importance", 8, group="other ideas", make=Shared_ELBO, **LD),
     # What is not an estimator of the bound.
     *(
         Entry(

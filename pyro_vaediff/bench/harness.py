@@ -130,6 +130,7 @@ def measure(
     record: Record = {
         "estimator": entry.name,
         "group": entry.group,
+        "counterexample": entry.counterexample,
         "draws": count,
         "bias": values.mean().item() - reference.value,
         "bias_se": math.hypot(values.std().item() / count**0.5, reference.value_se),
@@ -142,7 +143,7 @@ def measure(
             pool = max(4, count // 8)
             predicted = [log_mean_exp_bias(elbo, vae, x, pool) for _ in range(min_draws)]
         else:
-            predicted = mean_field_bias(vae, x, entry.order, draws=count).tolist()
+            predicted = mean_field_bias(vae, x, entry.order, draws=max(4, count // 4)).tolist()
         record["predicted_bias"] = statistics.mean(predicted)
         record["predicted_bias_se"] = statistics.stdev(predicted) / len(predicted) ** 0.5
     for module in MODULES:
@@ -192,15 +193,15 @@ def measure_costs(
 ) -> dict[str, Record]:
     r"""Measures network evaluations, time and memory of a whole training step, by estimator.
 
-    Steps are timed in turns, the unrolled ones apart from the others.
+    Steps are timed in turns, the slow ones apart from the others.
 
     Arguments:
         entries: The estimators.
         vae: The VAE, which stays as it is.
         x: The data, with shape :math:`(B, *)`.
-        repeats: How many times each step is timed; at most twice if it is unrolled.
+        repeats: How many times each step is timed; once if it takes more than a second.
     """
-    order, steps, costs = vae.prior.order, {}, {}
+    order, steps, costs = vae.prior.order, {False: {}, True: {}}, {}
     for entry in entries:
         vae.prior.order = entry.order
         svi = svi_step(entry.make(), vae, x)
@@ -209,20 +210,16 @@ def measure_costs(
             vae.prior.order = entry.order
             return svi()
 
-        if not entry.unrolled:
-            step()
+        (first,) = step_times([step], 1, x.device)
         with count_evaluations(vae) as counts:
             peak = peak_memory(step, x.device)
         costs[entry.name] = {
             **{f"{name}_evaluations": count / len(x) for name, count in counts.items()},
             "megabytes": peak / 1e6,
         }
-        steps[entry.name] = step
-    for unrolled in (False, True):
-        group = [entry.name for entry in entries if entry.unrolled == unrolled]
-        times = step_times(
-            [steps[name] for name in group], min(repeats, 2) if unrolled else repeats, x.device
-        )
+        steps[first > 1e3][entry.name] = step
+    for slow, group in steps.items():
+        times = step_times(list(group.values()), 1 if slow else repeats, x.device)
         for name, milliseconds in zip(group, times, strict=True):
             costs[name]["ms"] = milliseconds
     vae.prior.order = order
@@ -290,8 +287,11 @@ def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = N
         bias = f"{r['bias']:+.2f} ± {1.96 * r['bias_se']:.2f}"
         if r["predicted_bias"]:
             bias += f" (predicted {r['predicted_bias']:+.2f} ± {1.96 * r['predicted_bias_se']:.2f})"
+        name = str(r["estimator"]).replace("|", "given")
+        if r.get("counterexample"):
+            name += f" (**counter-example**: {r['counterexample']})"
         cells = [
-            str(r["estimator"]).replace("|", "given"),
+            name,
             bias,
             significant(r["sd"]),
             *(significant(r[f"{module}_variance"]) for module in order),
