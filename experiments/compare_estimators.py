@@ -59,17 +59,18 @@ from pyro_vaediff.bench import (
     exhaustive_reference,
     gradient_noise_by_timestep,
     linear_gaussian_vae,
-    markdown_table,
     measure,
     measure_costs,
     minibatch_noise,
+    optimal_proposal,
     rms_error,
+    write_page,
+    write_pictures,
 )
-from pyro_vaediff.checkpoint import load_checkpoint, write_atomically, write_csv
+from pyro_vaediff.checkpoint import load_checkpoint, write_csv
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluation import preprocess
 from pyro_vaediff.infer import Importance, Uniform
-from pyro_vaediff.plotting import plot_convergence, plot_gradient_noise, plot_pareto
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.training import BEST, load_vae
 from pyro_vaediff.vae import VAE
@@ -177,108 +178,11 @@ def measure_noise_by_timestep(vae: VAE, x: Tensor, args: argparse.Namespace) -> 
     for given in ("z_0", "x"):
         noise = gradient_noise_by_timestep(vae, x, t.tolist(), given, args.noise_draws)
         columns |= {f"{module} given {given}": rms for module, rms in noise.items()}
-    every = torch.arange(2, T + 1)
-    rms = columns["prior given z_0"].double().cpu()
-    # The optimal proposal is interpolated between the timesteps at which it is measured.
-    position = torch.searchsorted(t, every).clamp(1, len(t) - 1)
-    left, right = t[position - 1], t[position]
-    share = (every.log() - left.log()) / (right.log() - left.log())
-    optimal = torch.lerp(rms[position - 1].log(), rms[position].log(), share.double()).exp()
-    columns["r optimal"] = (optimal / optimal.sum())[t - 2]
+    columns["r optimal"] = optimal_proposal(t, columns["prior given z_0"].cpu(), T)
     for name, proposal in {"importance": Importance(), "uniform": Uniform()}.items():
         columns[f"r {name}"] = proposal(vae.prior, "z_0", 2).cpu()[t - 2]
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-# What is written ----------------------------------------------------------------------------------
-
-
-def report(
-    args: argparse.Namespace,
-    records: dict[str, list[dict]],
-    noises: dict[str, dict[str, float]],
-    references: dict[str, Reference],
-    pictures: dict[str, str],
-) -> str:
-    r"""Returns a page of tables and pictures."""
-    command = shlex.join(["python", "experiments/compare_estimators.py", *args.argv])
-    lines = [
-        f"# The bench: {args.title}",
-        "",
-        f"`{command}`: batches of {args.batch_size}, up to {args.draws} draws, seed {args.seed}, "
-        f"on {machine(args.device)}; torch {torch.__version__}, pyro {pyro.__version__}, "
-        f"{datetime.date.today()}.",
-        "",
-        "Values are in nats per datum. The bias has a 95 % confidence interval. The variance of a "
-        "gradient is the trace of its covariance, SNR its signal-to-noise ratio. *z_t* counts the "
-        "latents per datum at which the denoiser is evaluated. Times are those of a whole training "
-        "step, and memory that of the tensors which it makes. The merit is variance × time, as a "
-        "multiple of what the first row makes of it.",
-        "",
-        *(f"![{caption}]({name}.png)" + "\n" for name, caption in pictures.items()),
-    ]
-    for moment, rows in records.items():
-        reference = references[moment]
-        lines += ["", f"## {moment[0].upper()}{moment[1:]}", ""]
-        known = "exact" if reference.value_se == 0 else f"± {1.96 * reference.value_se:.2f}"
-        lines += [f"Reference −ELBO: {minus(reference.value)} nats per datum ({known})."]
-        if reference.evidence is not None:
-            lines += [
-                f"−log p(x): {minus(-reference.evidence)} nats. A loss whose bias is below "
-                f"{minus(-reference.evidence - reference.value)} claims more than the evidence."
-            ]
-        lines += ["", *markdown_table(rows, noises[moment])]
-    return "\n".join(lines) + "\n"
-
-
-def minus(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
-
-
-def plot(
-    args: argparse.Namespace,
-    rows: list[dict],
-    errors: dict[str, dict],
-    floor: float,
-    by_timestep: list[dict],
-) -> dict[str, str]:
-    r"""Draws the pictures, and returns their captions by name."""
-    pictures = {}
-    baseline = next(r for r in rows if r["estimator"] == BASELINE)
-    valid = [r for r in rows if not ENTRIES[r["estimator"]].counterexample]
-    for module in ("prior", "encoder", "decoder"):
-        points = [
-            {
-                "name": r["estimator"].replace(" | ", " given "),
-                "group": r["group"],
-                "cost": r["ms"],
-                "variance": r[f"{module}_variance"] / baseline[f"{module}_variance"],
-                "label": r is baseline,
-            }
-            for r in valid
-        ]
-        title = f"Gradient of the {module}: variance against cost"
-        plot_pareto(points, args.out / f"pareto-{module}.png", title)
-        pictures[f"pareto-{module}"] = title
-    plot_convergence(errors, args.out / "convergence.png", floor=floor or None)
-    pictures["convergence"] = "Error of the value against the number of samples"
-    write_csv(
-        args.out / "convergence.csv",
-        [
-            {"estimator": name, "samples": n, "error": error}
-            for name, curve in errors.items()
-            for n, error in zip(curve["samples"].tolist(), curve["error"].tolist(), strict=True)
-        ],
-    )
-    if by_timestep:
-        write_csv(args.out / "gradient_noise.csv", by_timestep)
-        columns = {name: torch.tensor([r[name] for r in by_timestep]) for name in by_timestep[0]}
-        proposals = {n[2:]: r for n, r in columns.items() if n.startswith("r ")}
-        noise = {n: rms for n, rms in columns.items() if " given " in n}
-        plot_gradient_noise(columns["t"], noise, proposals, args.out / "gradient_noise.png")
-        pictures["gradient_noise"] = "Gradient noise by timestep"
-    return pictures
 
 
 # The script ---------------------------------------------------------------------------------------
@@ -393,9 +297,14 @@ def main(argv: list[str] | None = None) -> None:
     ]
     write_csv(args.out / "estimators.csv", every)
     floor = list(references.values())[-1].value_se
-    pictures = plot(args, list(records.values())[-1], errors, floor, by_timestep)
-    text = report(args, records, noises, references, pictures)
-    write_atomically(args.out / "estimators.md", lambda file: file.write(text.encode()))
+    pictures = write_pictures(args.out, list(records.values())[-1], errors, floor, by_timestep)
+    caption = (
+        f"`{shlex.join(['python', 'experiments/compare_estimators.py', *args.argv])}`: batches of "
+        f"{args.batch_size}, up to {args.draws} draws, seed {args.seed}, on "
+        f"{machine(args.device)}; torch {torch.__version__}, pyro {pyro.__version__}, "
+        f"{datetime.date.today()}."
+    )
+    text = write_page(args.out, args.title, caption, records, noises, references, pictures)
     print(f"\n{text}")
     print(f"written to {args.out}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from errors import exit_message
 from image_files import write_folder
 from PIL import Image
 
@@ -69,16 +70,7 @@ def error_of(run, capsys):
     def call(*args, **options):
         with pytest.raises(SystemExit) as info:
             run(*args, **options)
-        stderr = capsys.readouterr().err
-        if info.value.code != 2:
-            assert isinstance(info.value.code, str)  # goes to stderr, with exit status 1
-            stderr += info.value.code
-        # argparse puts a usage above the error.
-        assert stderr.count("error:") == 1
-        message = stderr[stderr.index("error:") :].strip()
-        assert "\n" not in message
-        assert "Traceback" not in stderr
-        return message
+        return exit_message(info.value, capsys.readouterr().err)
 
     return call
 

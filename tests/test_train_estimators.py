@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from errors import exit_message
 from PIL import Image
 from pyro.infer import Trace_ELBO
 
@@ -288,15 +289,7 @@ def error_of(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
         with pytest.raises(SystemExit) as info:
             runpy.run_path(str(SCRIPT), run_name="__main__")
-        stderr = capsys.readouterr().err
-        if info.value.code != 2:
-            assert isinstance(info.value.code, str)  # goes to stderr, with exit status 1
-            stderr += info.value.code
-        # argparse puts a usage above the error.
-        assert stderr.count("error:") == 1
-        message = stderr[stderr.index("error:") :].strip()
-        assert "\n" not in message
-        return message
+        return exit_message(info.value, capsys.readouterr().err)
 
     return call
 

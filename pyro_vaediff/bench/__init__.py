@@ -7,14 +7,20 @@ unbiased; an :class:`Entry` in :data:`ENTRIES` puts it next to the others.
 
 from .cost import count_evaluations, peak_memory, step_times, svi_step
 from .entries import BASELINE, ENTRIES, SERIOUS, Entry, timestep_entry
-from .gradients import Draws, Noise, draw, gradient_noise_by_timestep, noise_of
+from .gradients import (
+    Draws,
+    Noise,
+    draw,
+    gradient_noise_by_timestep,
+    noise_of,
+    optimal_proposal,
+)
 from .harness import (
     Reference,
     add_merits,
     draw_values,
     exact_reference,
     exhaustive_reference,
-    markdown_table,
     measure,
     measure_costs,
     minibatch_noise,
@@ -22,6 +28,7 @@ from .harness import (
 )
 from .linear_gaussian import LinearDenoiser, LinearGaussian, linear_gaussian_vae, one_copy_per_datum
 from .oracle import Oracle
+from .page import markdown_table, write_page, write_pictures
 
 __all__ = [
     "BASELINE",
@@ -48,9 +55,12 @@ __all__ = [
     "minibatch_noise",
     "noise_of",
     "one_copy_per_datum",
+    "optimal_proposal",
     "peak_memory",
     "rms_error",
     "step_times",
     "svi_step",
     "timestep_entry",
+    "write_page",
+    "write_pictures",
 ]

@@ -19,7 +19,7 @@ from ..infer import Proposal, Timestep_ELBO
 from ..priors import DiffusionPrior
 from ..vae import VAE
 
-__all__ = ["Draws", "Noise", "draw", "gradient_noise_by_timestep", "noise_of"]
+__all__ = ["Draws", "Noise", "draw", "gradient_noise_by_timestep", "noise_of", "optimal_proposal"]
 
 
 @dataclass(frozen=True)
@@ -156,3 +156,27 @@ def gradient_noise_by_timestep(
             for name in modules:
                 squares[name].append(total[name] / (draws * len(x)))
     return {name: torch.stack(values).sqrt() for name, values in squares.items()}
+
+
+def optimal_proposal(timesteps: Tensor, rms: Tensor, num_timesteps: int) -> Tensor:
+    r"""Returns the proposal over :math:`t = 2, \dots, T` in proportion to a gradient's noise.
+
+    Arguments:
+        timesteps: The timesteps at which the noise was measured, increasing from 2 to :math:`T`,
+            with shape :math:`(n,)`. In between, its logarithm is interpolated in that of :math:`t`.
+        rms: The root mean squares, positive and with shape :math:`(n,)`.
+        num_timesteps: The number of timesteps :math:`T`.
+
+    Returns:
+        The probabilities of the given timesteps, in float64 and with shape :math:`(n,)`.
+
+    Example:
+        >>> optimal_proposal(torch.tensor([2, 4]), torch.tensor([1.0, 0.5]), 4)
+        tensor([0.4615, 0.2308], dtype=torch.float64)
+    """
+    every, rms = torch.arange(2, num_timesteps + 1), rms.double().log()
+    position = torch.searchsorted(timesteps, every).clamp(1, len(timesteps) - 1)
+    left, right = timesteps[position - 1].double().log(), timesteps[position].double().log()
+    share = (every.double().log() - left) / (right - left)
+    optimal = torch.lerp(rms[position - 1], rms[position], share).exp()
+    return (optimal / optimal.sum())[timesteps - 2]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,7 +32,6 @@ __all__ = [
     "draw_values",
     "exact_reference",
     "exhaustive_reference",
-    "markdown_table",
     "measure",
     "measure_costs",
     "minibatch_noise",
@@ -267,50 +265,3 @@ def rms_error(values: Tensor, reference: float) -> tuple[Tensor, Tensor]:
         means = values[: len(values) // n * n].reshape(-1, n).mean(1)
         errors.append((means - reference).square().mean().sqrt())
     return torch.tensor(samples), torch.stack(errors)
-
-
-def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = None) -> list[str]:
-    r"""Returns the lines of a table with a row per estimator.
-
-    Arguments:
-        records: The records, with costs and merits.
-        noise: The minibatch's own gradient variance, by module.
-    """
-    lines = [
-        "| estimator | bias (nats) | sd | gradient variance: prior | encoder | decoder "
-        "| SNR: prior | encoder | decoder | z_t per datum | ms | MB "
-        "| merit: prior | encoder | decoder |",
-        "|---" * 15 + "|",
-    ]
-    order = ("prior", "encoder", "decoder")
-    for r in records:
-        bias = f"{r['bias']:+.2f} ± {1.96 * r['bias_se']:.2f}"
-        if r["predicted_bias"]:
-            bias += f" (predicted {r['predicted_bias']:+.2f} ± {1.96 * r['predicted_bias_se']:.2f})"
-        name = str(r["estimator"]).replace("|", "given")
-        if r.get("counterexample"):
-            name += f" (**counter-example**: {r['counterexample']})"
-        cells = [
-            name,
-            bias,
-            significant(r["sd"]),
-            *(significant(r[f"{module}_variance"]) for module in order),
-            *(significant(r[f"{module}_snr"]) for module in order),
-            f"{r['denoiser_evaluations']:g}",
-            significant(r["ms"]),
-            significant(r["megabytes"]),
-            *(significant(r[f"{module}_merit"]) for module in order),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    if noise is not None:
-        cells = ["*the minibatch's own noise*", "", "", *(significant(noise[m]) for m in order)]
-        lines.append("| " + " | ".join([*cells, *[""] * 9]) + " |")
-    return [re.sub(r"(\| |predicted )-", r"\1−", line.replace("-0.00", "0.00")) for line in lines]
-
-
-def significant(value: float) -> str:
-    r"""Formats a number with two significant digits, three from 100 on."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = max(0, 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}" if abs(value) >= 1e-3 else f"{value:.1e}"

@@ -1,0 +1,171 @@
+r"""The page of the bench: tables, pictures, and the numbers behind them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import write_atomically, write_csv
+from ..plotting import plot_convergence, plot_gradient_noise, plot_pareto
+from .entries import BASELINE, ENTRIES
+from .harness import Record, Reference
+
+__all__ = ["markdown_table", "write_page", "write_pictures"]
+
+
+def write_page(
+    out: Path,
+    title: str,
+    caption: str,
+    records: dict[str, list[Record]],
+    noises: dict[str, dict[str, float]],
+    references: dict[str, Reference],
+    pictures: dict[str, str],
+) -> str:
+    r"""Writes a page of tables and pictures, and returns its text.
+
+    Arguments:
+        out: The folder.
+        title: The title.
+        caption: How all was measured.
+        records: The records, with costs and merits, by moment of training.
+        noises: The minibatch's own gradient variance of each module, by moment.
+        references: What the estimators should give, by moment.
+        pictures: The captions of the pictures in the folder, by their names.
+    """
+    lines = [
+        f"# The bench: {title}",
+        "",
+        caption,
+        "",
+        "Values are in nats per datum. The bias has a 95 % confidence interval. The variance of a "
+        "gradient is the trace of its covariance, SNR its signal-to-noise ratio. *z_t* counts the "
+        "latents per datum at which the denoiser is evaluated. Times are those of a whole training "
+        "step, and memory that of the tensors which it makes. The merit is variance × time, as a "
+        "multiple of what the first row makes of it.",
+        "",
+        *(f"![{caption}]({name}.png)" + "\n" for name, caption in pictures.items()),
+    ]
+    for moment, rows in records.items():
+        reference = references[moment]
+        lines += ["", f"## {moment[0].upper()}{moment[1:]}", ""]
+        known = "exact" if reference.value_se == 0 else f"± {1.96 * reference.value_se:.2f}"
+        lines += [f"Reference −ELBO: {minus(reference.value)} nats per datum ({known})."]
+        if reference.evidence is not None:
+            lines += [
+                f"−log p(x): {minus(-reference.evidence)} nats. A loss whose bias is below "
+                f"{minus(-reference.evidence - reference.value)} claims more than the evidence."
+            ]
+        lines += ["", *markdown_table(rows, noises[moment])]
+    text = "\n".join(lines) + "\n"
+    write_atomically(out / "estimators.md", lambda file: file.write(text.encode()))
+    return text
+
+
+def minus(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def write_pictures(
+    out: Path,
+    records: list[Record],
+    errors: dict[str, dict],
+    floor: float,
+    by_timestep: list[dict[str, float]],
+) -> dict[str, str]:
+    r"""Draws the pictures, writes the numbers behind them, and returns their captions by name.
+
+    Arguments:
+        out: The folder.
+        records: The records of one moment of training, with costs and merits.
+        errors: See :func:`~pyro_vaediff.plotting.plot_convergence`.
+        floor: The standard error of the reference, in nats per datum.
+        by_timestep: A row per timestep, with the column ``"t"``, those of the gradient noise, and
+            those of proposals, whose names begin with ``"r "``; or nothing.
+    """
+    pictures = {}
+    baseline = next(r for r in records if r["estimator"] == BASELINE)
+    valid = [r for r in records if not ENTRIES[r["estimator"]].counterexample]
+    for module in ("prior", "encoder", "decoder"):
+        points = [
+            {
+                "name": r["estimator"].replace(" | ", " given "),
+                "group": r["group"],
+                "cost": r["ms"],
+                "variance": r[f"{module}_variance"] / baseline[f"{module}_variance"],
+                "label": r is baseline,
+            }
+            for r in valid
+        ]
+        title = f"Gradient of the {module}: variance against cost"
+        plot_pareto(points, out / f"pareto-{module}.png", title)
+        pictures[f"pareto-{module}"] = title
+    plot_convergence(errors, out / "convergence.png", floor=floor or None)
+    pictures["convergence"] = "Error of the value against the number of samples"
+    write_csv(
+        out / "convergence.csv",
+        [
+            {"estimator": name, "samples": n, "error": error}
+            for name, curve in errors.items()
+            for n, error in zip(curve["samples"].tolist(), curve["error"].tolist(), strict=True)
+        ],
+    )
+    if by_timestep:
+        write_csv(out / "gradient_noise.csv", by_timestep)
+        columns = {name: torch.tensor([r[name] for r in by_timestep]) for name in by_timestep[0]}
+        proposals = {n[2:]: r for n, r in columns.items() if n.startswith("r ")}
+        noise = {n: rms for n, rms in columns.items() if " given " in n}
+        plot_gradient_noise(columns["t"], noise, proposals, out / "gradient_noise.png")
+        pictures["gradient_noise"] = "Gradient noise by timestep"
+    return pictures
+
+
+def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = None) -> list[str]:
+    r"""Returns the lines of a table with a row per estimator.
+
+    Arguments:
+        records: The records, with costs and merits.
+        noise: The minibatch's own gradient variance, by module.
+    """
+    lines = [
+        "| estimator | bias (nats) | sd | gradient variance: prior | encoder | decoder "
+        "| SNR: prior | encoder | decoder | z_t per datum | ms | MB "
+        "| merit: prior | encoder | decoder |",
+        "|---" * 15 + "|",
+    ]
+    order = ("prior", "encoder", "decoder")
+    for r in records:
+        bias = f"{r['bias']:+.2f} ± {1.96 * r['bias_se']:.2f}"
+        if r["predicted_bias"]:
+            bias += f" (predicted {r['predicted_bias']:+.2f} ± {1.96 * r['predicted_bias_se']:.2f})"
+        name = str(r["estimator"]).replace("|", "given")
+        if r.get("counterexample"):
+            name += f" (**counter-example**: {r['counterexample']})"
+        cells = [
+            name,
+            bias,
+            significant(r["sd"]),
+            *(significant(r[f"{module}_variance"]) for module in order),
+            *(significant(r[f"{module}_snr"]) for module in order),
+            f"{r['denoiser_evaluations']:g}",
+            significant(r["ms"]),
+            significant(r["megabytes"]),
+            *(significant(r[f"{module}_merit"]) for module in order),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if noise is not None:
+        cells = ["*the minibatch's own noise*", "", "", *(significant(noise[m]) for m in order)]
+        lines.append("| " + " | ".join([*cells, *[""] * 9]) + " |")
+    return [re.sub(r"(\| |predicted )-", r"\1−", line.replace("-0.00", "0.00")) for line in lines]
+
+
+def significant(value: float) -> str:
+    r"""Formats a number with two significant digits, three from 100 on."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}" if abs(value) >= 1e-3 else f"{value:.1e}"
