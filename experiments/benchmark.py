@@ -163,6 +163,17 @@ def machine(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def parse_device(name: str) -> torch.device:
+    r"""Returns a device that is there, for ``argparse``."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device: use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("no CUDA device is available")
+    return device
+
+
 def markdown(records: list[dict[str, object]], caption: str) -> str:
     lines = [
         caption,
@@ -183,7 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
+    parser.add_argument(
+        "--device", type=parse_device, default="cpu", help="cpu, cuda, ... (%(default)s)"
+    )
     parser.add_argument(
         "--configurations", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="(all)"
     )
@@ -193,9 +206,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2, got {args.repeats}")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is available")
 
     # Checks of arguments are for tests and for learning, not for long runs.
     pyro.enable_validation(False)
@@ -207,11 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         config = CONFIGS[name]
         if args.quick:
             config = replace(config, width=4, latent_dim=3)
-        records += measure(name, config, batch_size, device, repeats)
+        records += measure(name, config, batch_size, args.device, repeats)
 
     caption = (
-        f"Medians of {repeats} steps, batch {batch_size}, k = {K}, on {machine(device)}; torch "
-        f"{torch.__version__}, pyro {pyro.__version__}, {datetime.date.today()}"
+        f"Medians of {repeats} steps, batch {batch_size}, k = {K}, on {machine(args.device)}; "
+        f"torch {torch.__version__}, pyro {pyro.__version__}, {datetime.date.today()}"
         f"{' (--quick: small networks, ratios without meaning)' if args.quick else ''}."
     )
     table = markdown(records, caption)

@@ -43,7 +43,7 @@ from pathlib import Path
 
 import pyro
 import torch
-from benchmark import machine
+from benchmark import machine, parse_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -112,8 +112,15 @@ def load_run(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
             f"{type(vae.prior).__name__}: the others have no timesteps to choose"
         )
     path = args.checkpoint / BEST if args.checkpoint.is_dir() else args.checkpoint
-    name = load_checkpoint(path)["data"]["dataset"]
-    data = load(name, args.root, download=not args.no_download)
+    state = load_checkpoint(path)
+    channels, size, _ = state["model_config"]["image_shape"]
+    data = load(
+        state["data"]["dataset"],
+        args.root,
+        image_size=size,
+        channels=channels,
+        download=not args.no_download,
+    )
     count = args.batch_size * args.minibatches
     if len(data.train) < count:
         raise ValueError(
@@ -200,11 +207,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="*", default=(), metavar="TEXT", help="estimators with this in their name"
     )
-    parser.add_argument("--draws", type=int, help="evaluations per estimator (40; oracle 400)")
+    parser.add_argument("--draws", type=int, help="evaluations per estimator (40; oracle 150)")
     parser.add_argument(
         "--seconds",
         type=float,
-        help="fewer draws of an estimator if they take longer, but 4 at least (0.5; oracle 10)",
+        help="fewer draws of an estimator if they take longer, but 4 at least (0.5; oracle 5)",
     )
     parser.add_argument("--batch-size", type=int, help="(100; oracle 20)")
     parser.add_argument("--minibatches", type=int, default=12, help="(%(default)s)")
@@ -213,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=7, help="timed steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="(%(default)s)")
+    parser.add_argument("--device", type=parse_device, default="cpu", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few draws of small batches")
     parser.add_argument("--title", help="of the page (oracle, or the name of the run)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -223,14 +230,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     quick, oracle = args.quick, args.oracle
     defaults = {
-        "draws": 8 if quick else 400 if oracle else 40,
-        "seconds": 0.2 if quick else 10.0 if oracle else 0.5,
+        "draws": 8 if quick else 150 if oracle else 40,
+        "seconds": 0.2 if quick else 5.0 if oracle else 0.5,
         "batch_size": 4 if quick else 20 if oracle else 100,
     }
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.values = 16 if quick else 4096 if oracle else 512
+    args.values = 16 if quick else 2048 if oracle else 512
     args.min_draws = 2 if quick else 4
     args.points, args.noise_draws, args.noise_data = (4, 1, 2) if quick else (20, 2, 20)
     if quick:
@@ -239,8 +246,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             parser.error(f"--{option} must be at least {least}, got {getattr(args, name)}")
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is available")
     name = "oracle" if oracle else args.checkpoint.resolve().name
     args.out = args.out or Path("runs") / f"estimators-{name}"
     args.title = args.title or name
@@ -249,6 +254,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: choose a folder")
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
     warnings.filterwarnings("ignore", "Failed to verify mean field restriction")

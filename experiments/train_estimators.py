@@ -19,6 +19,7 @@ trained: the median of steps of all estimators in turns. Only then must the mach
 
 The folder ``--out`` then holds
 
+    settings.json   the settings that all runs have in common
     times.csv       milliseconds per step
     curves/*.csv    a file per run: seconds, steps, test -ELBO
     training.csv    the end of every run: one row per estimator and seed
@@ -34,6 +35,8 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import json
+import math
 import re
 import shlex
 import sys
@@ -42,14 +45,14 @@ from pathlib import Path
 
 import pyro
 import torch
-from benchmark import machine
+from benchmark import machine, parse_device
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, svi_step
 from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import load_checkpoint, write_atomically, write_csv
+from pyro_vaediff.checkpoint import load_checkpoint, write_atomically, write_csv, write_json
 from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.data import DATASETS, ImageData, batches, load
 from pyro_vaediff.evaluation import evaluate, preprocess
@@ -68,7 +71,17 @@ def measure_times(
 ) -> dict[str, float]:
     r"""Returns the median time of a training step of each estimator, in milliseconds."""
     x = preprocess(vae := make(), data.train[: args.batch_size].to(args.device), data.levels)
-    steps = [svi_step(entry.make(), vae, x) for entry in entries]
+
+    def step_of(entry: Entry) -> Callable[[], object]:
+        step = svi_step(entry.make(), vae, x)
+
+        def ordered() -> object:
+            vae.prior.order = entry.order
+            return step()
+
+        return ordered
+
+    steps = [step_of(entry) for entry in entries]
     step_times(steps, 3, args.device)  # the first steps are slower
     times = step_times(steps, args.repeats, args.device)
     return {entry.name: time for entry, time in zip(entries, times, strict=True)}
@@ -128,6 +141,21 @@ def read_curve(path: Path) -> Curve:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    r"""Raises a ``ValueError`` if the folder has runs with other settings, which it remembers."""
+    path = args.out / "settings.json"
+    fixed = ("seeds", "estimators", "root", "no_download", "quiet", "out", "title", "argv")
+    settings = {name: str(v) for name, v in vars(args).items() if name not in fixed}
+    if not path.exists():
+        write_json(path, settings)
+    for name, value in json.loads(path.read_text()).items():
+        if settings.get(name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {settings.get(name)}, but the runs in {args.out} "
+                f"have {value}: choose another --out"
+            )
+
+
 def summarize(curves: dict[str, dict[int, Curve]]) -> tuple[list[dict[str, object]], list[str]]:
     r"""Returns a record per run, and the lines of a table with a row per estimator."""
     records = [
@@ -142,7 +170,8 @@ def summarize(curves: dict[str, dict[int, Curve]]) -> tuple[list[dict[str, objec
         spread = f" ± {loss.std():.2f}" if len(loss) > 1 else ""
         steps = last[0]["steps"]
         row = f"{name.replace('|', 'given')} | {len(loss)} | {1e3 * last[0]['seconds'] / steps:.1f}"
-        lines.append(f"| {row} | {steps:.0f} | {loss.mean():.2f}{spread} |".replace("-", "−"))
+        mean = f"{loss.mean():.2f}".replace("-", "−")
+        lines.append(f"| {row} | {steps:.0f} | {mean}{spread} |")
     return records, lines
 
 
@@ -174,18 +203,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam (%(default)s)")
     parser.add_argument("--clip-norm", type=float, default=1000.0, help="(%(default)s)")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="(%(default)s)")
+    parser.add_argument("--device", type=parse_device, default="cpu", help="(%(default)s)")
     parser.add_argument("--title", help="of the page (the name of the data set or run)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--out", type=Path, help="(runs/training-DATASET)")
     args = parser.parse_args(argv)
     for name in ("seconds", "points", "num_test", "batch_size", "lr", "clip_norm", "repeats"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+        if not 0 < (value := getattr(args, name)) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     if unknown := [name for name in args.estimators if name not in ENTRIES]:
         parser.error(f"unknown estimator {unknown[0]!r}: choose from {', '.join(ENTRIES)}")
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is available")
     name = args.start.resolve().name if args.start else args.dataset
     args.out = args.out or Path("runs") / f"training-{name}"
     args.title = args.title or name
@@ -195,13 +222,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: choose a folder")
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
-    dataset = args.dataset
+    dataset, shape = args.dataset, {}
     if args.start is not None:
         path = args.start / BEST if args.start.is_dir() else args.start
-        dataset = load_checkpoint(path)["data"]["dataset"]
-    data = load(dataset, args.root, download=not args.no_download)
+        state = load_checkpoint(path)
+        channels, size, _ = state["model_config"]["image_shape"]
+        dataset, shape = state["data"]["dataset"], {"image_size": size, "channels": channels}
+    data = load(dataset, args.root, download=not args.no_download, **shape)
     config = ModelConfig(
         prior="diffusion",
         latent_dim=args.latent_dim,
@@ -230,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"measured the time of a step: {path}")
         return
 
+    check_settings(args)
     curves: dict[str, dict[int, Curve]] = {name: {} for name in args.estimators}
     # Seed by seed, such that a comparison that is stopped has all estimators of some seeds.
     runs = [(seed, name) for seed in args.seeds for name in args.estimators]

@@ -193,7 +193,7 @@ def test_the_tables_are_valid_and_hold_the_records(output):
                     float(significant(float(record[key]))), rel=0.06
                 )
             assert ("predicted" in columns["bias (nats)"]) == (record["predicted_bias"] != "0.0")
-        assert "minibatch" in noise[0] and float(noise[3]) > 0
+        assert "minibatch" in noise[0] and float(noise[3]) >= 0
 
 
 def test_convergence(output, script):
@@ -376,6 +376,8 @@ BAD_OPTIONS = {
     "--oracle --repeats 0": "--repeats must be at least 1, got 0",
     "--oracle --num-timesteps 0": "num_timesteps must be a whole number >= 1, got 0",
     "--checkpoint no/such/run": "no checkpoint at no/such/run",
+    "--oracle --device foo": "argument --device: 'foo' is no device: use cpu or cuda",
+    f"--oracle --out {__file__}": "is a file: choose a folder",
 }
 
 

@@ -199,6 +199,11 @@ def test_a_second_call_repeats_no_run(output, script, device_name):
         assert lost.read_bytes() == contents
 
 
+def test_other_settings_need_another_folder(output, error_of, device_name):
+    options = [*arguments(output[0], device_name), "--lr", "0.5"]
+    assert "--lr is 0.5, but the runs in" in error_of(*options)
+
+
 def test_seeds_are_added(output, script, device_name, tmp_path, capsys):
     out, _ = output
     for path in [*out.glob("curves/*.csv"), out / "times.csv"]:
@@ -296,17 +301,20 @@ def error_of(monkeypatch, capsys):
 
 BAD_OPTIONS = {
     "--estimators nonsense": "unknown estimator 'nonsense': choose from uniform k=1 | z_0, ",
-    "--seconds 0": "--seconds must be positive, got 0.0",
-    "--seconds nan": "--seconds must be positive, got nan",
-    "--points 0": "--points must be positive, got 0",
+    "--seconds 0": "--seconds must be positive and finite, got 0.0",
+    "--seconds nan": "--seconds must be positive and finite, got nan",
+    "--points 0": "--points must be positive and finite, got 0",
     "--points 2.5": "argument --points: invalid int value: '2.5'",
-    "--num-test -1": "--num-test must be positive, got -1",
-    "--batch-size 0": "--batch-size must be positive, got 0",
-    "--lr -0.1": "--lr must be positive, got -0.1",
-    "--clip-norm 0": "--clip-norm must be positive, got 0.0",
+    "--num-test -1": "--num-test must be positive and finite, got -1",
+    "--batch-size 0": "--batch-size must be positive and finite, got 0",
+    "--lr -0.1": "--lr must be positive and finite, got -0.1",
+    "--clip-norm 0": "--clip-norm must be positive and finite, got 0.0",
     "--dataset nonsense": "argument --dataset: invalid choice: 'nonsense'",
     "--num-timesteps 0": "num_timesteps must be",
     "--start no/such/run": "no checkpoint at no/such/run",
+    "--seconds inf": "--seconds must be positive and finite, got inf",
+    "--device foo": "argument --device: 'foo' is no device: use cpu or cuda",
+    f"--out {__file__}": "is a file: choose a folder",
 }
 
 

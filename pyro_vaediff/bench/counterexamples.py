@@ -96,7 +96,12 @@ def mean_field_bias(
 
     Returns:
         The bias of the loss in nats per datum, one value per draw.
+
+    Raises:
+        ValueError: If the reverse variance is learned.
     """
+    if vae.prior.reverse_variance == "learned":
+        raise ValueError("the bias is known for a fixed reverse variance, got a learned one")
     schedule, kernel = vae.prior.schedule, vae.prior.kernel
     m, s2 = gaussian_moments(vae.encode(x))
     last = {"forward": vae.prior.num_timesteps, "posterior": 1, "reversed": 0}[order]

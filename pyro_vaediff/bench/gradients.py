@@ -45,7 +45,7 @@ class Noise:
         snr: The signal-to-noise ratio, zero if the signal is not distinguishable from noise.
         bias: The relative bias along the reference gradient, :math:`\langle E[g], g^* \rangle /
             \|g^*\|^2 - 1`.
-        bias_se: Its standard error.
+        bias_se: Its standard error, without that of the reference.
     """
 
     variance: float
@@ -82,18 +82,21 @@ def draw(elbo: ELBO, vae: VAE, batches: Iterable[Tensor]) -> Draws:
     )
 
 
-def noise_of(gradients: Tensor, reference: Tensor) -> Noise:
+def noise_of(gradients: Tensor, reference: Tensor, again: Tensor | None = None) -> Noise:
     r"""Returns the noise of gradients.
 
     Arguments:
         gradients: Independent draws, with shape :math:`(N, P)`, :math:`N \geq 2`.
         reference: The true gradient, with shape :math:`(P,)`.
+        again: An independent estimate of it, if the reference is an estimate: the square of one
+            would count its noise as signal.
     """
+    again = reference if again is None else again
     n, mean = len(gradients), gradients.mean(0)
     squares = (gradients - mean).square().sum(-1) * (n / (n - 1))
     variance = squares.mean()
     signal = (mean.square().sum() - variance / n).clamp(min=0)
-    along = gradients @ reference / reference.square().sum()
+    along = gradients @ reference / (reference * again).sum()
     return Noise(
         variance.item(),
         (squares.std() / n**0.5).item(),

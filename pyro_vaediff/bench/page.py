@@ -67,7 +67,7 @@ def write_page(
 
 
 def minus(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def write_pictures(
@@ -164,7 +164,7 @@ def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = N
 
 
 def significant(value: float) -> str:
-    r"""Formats a number with two significant digits, three from 100 on."""
+    r"""Formats a number with two significant digits, and all of them from 100 on."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = max(0, 1 - math.floor(math.log10(abs(value))))
