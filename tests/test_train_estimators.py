@@ -8,14 +8,13 @@ from __future__ import annotations
 import csv
 import importlib
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from errors import exit_message
+from errors import script_errors
 from PIL import Image
 from pyro.infer import Trace_ELBO
 
@@ -288,15 +287,7 @@ def test_a_run_goes_on_from_a_model(script, run, device, device_name, tmp_path, 
 @pytest.fixture
 def error_of(monkeypatch, capsys):
     r"""Returns the error message of a run that ends in one."""
-
-    def call(*args):
-        monkeypatch.syspath_prepend(str(EXPERIMENTS))
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        with pytest.raises(SystemExit) as info:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return exit_message(info.value, capsys.readouterr().err)
-
-    return call
+    return script_errors(SCRIPT, monkeypatch, capsys)
 
 
 BAD_OPTIONS = {
