@@ -33,9 +33,9 @@ import copy
 import datetime
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -43,6 +43,7 @@ import torch
 from by_hand import ByHand, check_equal
 from torch import Tensor, nn
 
+from pyro_vaediff.bench.cost import milliseconds
 from pyro_vaediff.build import make_vae
 from pyro_vaediff.checkpoint import write_atomically, write_csv
 from pyro_vaediff.config import ModelConfig
@@ -88,15 +89,6 @@ def step_by_hand(vae: VAE) -> Callable[[Tensor], object]:
     return step
 
 
-def milliseconds(step: Callable[[Tensor], object], x: Tensor) -> float:
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step(x)
-    synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def interleave(
     steps: tuple[Callable[[Tensor], object], ...], x: Tensor, repeats: int, warmup: int
 ) -> list[list[float]]:
@@ -104,7 +96,7 @@ def interleave(
     times: list[list[float]] = [[], []]
     for i in range(warmup + repeats):
         for j in (0, 1) if i % 2 == 0 else (1, 0):
-            elapsed = milliseconds(steps[j], x)
+            elapsed = milliseconds(partial(steps[j], x), x.device)
             if i >= warmup:
                 times[j].append(elapsed)
     return times
@@ -161,6 +153,14 @@ def machine(device: torch.device) -> str:
         models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> str:
+    r"""Says on what, with what and when something was measured."""
+    return (
+        f"{machine(device)}; torch {torch.__version__}, pyro {pyro.__version__}, "
+        f"{datetime.date.today()}"
+    )
 
 
 def parse_device(name: str) -> torch.device:
@@ -220,8 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         records += measure(name, config, batch_size, args.device, repeats)
 
     caption = (
-        f"Medians of {repeats} steps, batch {batch_size}, k = {K}, on {machine(args.device)}; "
-        f"torch {torch.__version__}, pyro {pyro.__version__}, {datetime.date.today()}"
+        f"Medians of {repeats} steps, batch {batch_size}, k = {K}, on {provenance(args.device)}"
         f"{' (--quick: small networks, ratios without meaning)' if args.quick else ''}."
     )
     table = markdown(records, caption)

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import shlex
 import sys
 import warnings
@@ -43,7 +42,7 @@ from pathlib import Path
 
 import pyro
 import torch
-from benchmark import machine, parse_device
+from benchmark import parse_device, provenance
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,11 +67,10 @@ from pyro_vaediff.bench import (
     write_pictures,
 )
 from pyro_vaediff.checkpoint import load_checkpoint, write_csv
-from pyro_vaediff.data import load
 from pyro_vaediff.evaluation import preprocess
 from pyro_vaediff.infer import Importance, Uniform
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.training import BEST, load_vae
+from pyro_vaediff.training import BEST, load_data, load_vae
 from pyro_vaediff.vae import VAE
 
 # The estimators whose errors are plotted against the number of samples.
@@ -111,16 +109,7 @@ def load_run(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
             f"--checkpoint {args.checkpoint} must have a diffusion prior, got "
             f"{type(vae.prior).__name__}: the others have no timesteps to choose"
         )
-    path = args.checkpoint / BEST if args.checkpoint.is_dir() else args.checkpoint
-    state = load_checkpoint(path)
-    channels, size, _ = state["model_config"]["image_shape"]
-    data = load(
-        state["data"]["dataset"],
-        args.root,
-        image_size=size,
-        channels=channels,
-        download=not args.no_download,
-    )
+    data = load_data(args.checkpoint, args.root, download=not args.no_download)
     count = args.batch_size * args.minibatches
     if len(data.train) < count:
         raise ValueError(
@@ -308,8 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     caption = (
         f"`{shlex.join(['python', 'experiments/compare_estimators.py', *args.argv])}`: batches of "
         f"{args.batch_size}, up to {args.draws} draws, seed {args.seed}, on "
-        f"{machine(args.device)}; torch {torch.__version__}, pyro {pyro.__version__}, "
-        f"{datetime.date.today()}."
+        f"{provenance(args.device)}."
     )
     text = write_page(args.out, args.title, caption, records, noises, references, pictures)
     print(f"\n{text}")

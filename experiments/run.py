@@ -37,7 +37,7 @@ import torch
 from pyro_vaediff.checkpoint import write_json
 from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import DATASETS, load
-from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo
+from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo, particle_options
 from pyro_vaediff.metrics import EXTRACTORS, load_extractor
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.report import report
@@ -234,11 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         name: getattr(args, name)
         for name in ("timesteps", "k", "conditioning", "weighting", "entropy", "num_particles")
     } | {"antithetic": not args.no_antithetic}
-    if args.num_particles < 1:
-        raise ValueError(f"--num-particles must be at least 1, got {args.num_particles}")
-    # In one plate outside of those of the data and of the timesteps.
-    plate = {"vectorize_particles": True, "max_plate_nesting": 3} if args.num_particles > 1 else {}
-    elbo = make_elbo(args.estimator, **options, **plate)
+    elbo = make_elbo(args.estimator, **options | particle_options(args.num_particles))
     trainer = Trainer(model_config, train_config, elbo, data, device, args.out, args.snapshots)
     if args.resume:
         trainer.resume()

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import math
 import re
@@ -45,22 +44,21 @@ from pathlib import Path
 
 import pyro
 import torch
-from benchmark import machine, parse_device
+from benchmark import parse_device, provenance
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, svi_step
+from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, training_step
 from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import load_checkpoint, write_atomically, write_csv, write_json
+from pyro_vaediff.checkpoint import write_atomically, write_csv, write_json
 from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.data import DATASETS, ImageData, batches, load
-from pyro_vaediff.evaluation import evaluate, preprocess
-from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.evaluation import evaluate, preprocess, value_elbo
 from pyro_vaediff.plotting import plot_training
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.svi import SVI, TorchOptim, per_datum
-from pyro_vaediff.training import BEST, load_vae
+from pyro_vaediff.training import load_data, load_vae
 from pyro_vaediff.vae import VAE
 
 Curve = list[dict[str, float]]
@@ -71,17 +69,7 @@ def measure_times(
 ) -> dict[str, float]:
     r"""Returns the median time of a training step of each estimator, in milliseconds."""
     x = preprocess(vae := make(), data.train[: args.batch_size].to(args.device), data.levels)
-
-    def step_of(entry: Entry) -> Callable[[], object]:
-        step = svi_step(entry.make(), vae, x)
-
-        def ordered() -> object:
-            vae.prior.order = entry.order
-            return step()
-
-        return ordered
-
-    steps = [step_of(entry) for entry in entries]
+    steps = [training_step(entry, vae, x) for entry in entries]
     step_times(steps, 3, args.device)  # the first steps are slower
     times = step_times(steps, args.repeats, args.device)
     return {entry.name: time for entry, time in zip(entries, times, strict=True)}
@@ -108,8 +96,7 @@ def train(
     with pyro.get_param_store().scope():
         for step in range(total + 1):
             if step in due:
-                elbo = Timestep_ELBO("importance", k=32, antithetic=False, entropy="exact")
-                terms = evaluate(vae, test, data.levels, elbo, batch_size=args.batch_size)
+                terms = evaluate(vae, test, data.levels, value_elbo(), batch_size=args.batch_size)
                 seconds = step * milliseconds / 1e3
                 curve.append({"seconds": seconds, "steps": step, "loss": sum(terms.values())})
             if step == total:
@@ -226,13 +213,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {args.out} is a file: choose a folder")
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
-    dataset, shape = args.dataset, {}
-    if args.start is not None:
-        path = args.start / BEST if args.start.is_dir() else args.start
-        state = load_checkpoint(path)
-        channels, size, _ = state["model_config"]["image_shape"]
-        dataset, shape = state["data"]["dataset"], {"image_size": size, "channels": channels}
-    data = load(dataset, args.root, download=not args.no_download, **shape)
+    if args.start is None:
+        data = load(args.dataset, args.root, download=not args.no_download)
+    else:
+        data = load_data(args.start, args.root, download=not args.no_download)
     config = ModelConfig(
         prior="diffusion",
         latent_dim=args.latent_dim,
@@ -275,8 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     records, lines = summarize(curves)
     caption = (
         f"`{shlex.join(['python', 'experiments/train_estimators.py', *args.argv])}`: "
-        f"{args.seconds:g} s per run on {machine(args.device)}; torch {torch.__version__}, pyro "
-        f"{pyro.__version__}, {datetime.date.today()}."
+        f"{args.seconds:g} s per run on {provenance(args.device)}."
     )
     picture = "![Test −ELBO during training](training.png)"
     text = "\n".join([f"# Equal time: {args.title}", "", caption, "", *lines, "", picture]) + "\n"

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from .build import make_vae
 from .checkpoint import load_checkpoint, save_checkpoint, write_csv
 from .config import ModelConfig, TrainConfig
-from .data import ImageData, batches
-from .evaluation import evaluate, preprocess
+from .data import ImageData, batches, load
+from .evaluation import evaluate, preprocess, value_elbo
 from .infer import Timestep_ELBO, TraceKL_ELBO
 from .priors import DiffusionPrior
 from .svi import SVI, TorchOptim, per_datum
 from .vae import VAE
 
-__all__ = ["NonFiniteError", "Trainer", "load_vae"]
+__all__ = ["NonFiniteError", "Trainer", "load_data", "load_vae"]
 
 CHECKPOINT, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.csv"
 
@@ -190,10 +190,8 @@ class Trainer:
         epoch, such that models are compared and not their noise.
         """
         model = self.vae if self.average is None else self.average.module
-        # Antithetic pairs lower the noise of gradients; of values, twice as many timesteps do.
-        elbo = Timestep_ELBO("importance", k=32, antithetic=False, entropy="exact")
-        batch_size = max(self.batch_size, 100)
-        terms = evaluate(model, self.data.validation, self.data.levels, elbo, batch_size=batch_size)
+        images, batch_size = self.data.validation, max(self.batch_size, 100)
+        terms = evaluate(model, images, self.data.levels, value_elbo(), batch_size=batch_size)
         return sum(terms.values())
 
     # Checkpoints ----------------------------------------------------------------------------------
@@ -316,13 +314,32 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
     Returns:
         The VAE in eval mode, and its configuration.
     """
-    path = Path(path)
-    state = load_checkpoint(path / BEST if path.is_dir() else path)
+    state = load_checkpoint(model_path(path))
     config = ModelConfig(**state["model_config"])
     precision = state["train_config"]["precision"]
     vae = make_vae(config).to(device, torch.float64 if precision == "float64" else torch.float32)
     vae.load_state_dict(state["vae"])
     return vae.eval(), config
+
+
+def load_data(path: str | Path, root: str | Path = "data", download: bool = True) -> ImageData:
+    r"""Loads the images that a VAE was trained on, in its size and channels.
+
+    Arguments:
+        path: A run directory, or a checkpoint in one.
+        root: The folder that holds the data sets, or the images themselves.
+        download: Whether to download what is missing from ``root``.
+    """
+    state = load_checkpoint(model_path(path))
+    channels, size, _ = state["model_config"]["image_shape"]
+    name = state["data"]["dataset"]
+    return load(name, root, image_size=size, channels=channels, download=download)
+
+
+def model_path(path: str | Path) -> Path:
+    r"""Returns the checkpoint that a path means: of a run directory, its best model."""
+    path = Path(path)
+    return path / BEST if path.is_dir() else path
 
 
 def describe_elbo(elbo: pyro.infer.ELBO) -> dict[str, Any]:

@@ -2,6 +2,8 @@ r"""Fixtures and options shared by all tests: ``pytest --device cuda`` runs them
 
 from __future__ import annotations
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pyro
 import pytest
 import torch
@@ -17,6 +19,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return device
+
+
+@pytest.fixture(scope="session")
+def device_name(request: pytest.FixtureRequest) -> str:
+    r"""The device as an option of the scripts."""
+    return str(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def no_global_state():
+    r"""Holds a test to leave pyplot's figures and matplotlib's settings as they were."""
+    settings = dict(matplotlib.rcParams)
+    yield
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == settings
 
 
 @pytest.fixture(autouse=True)

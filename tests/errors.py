@@ -3,11 +3,8 @@ r"""What an error for user input looks like."""
 from __future__ import annotations
 
 import re
-import runpy
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -41,18 +38,3 @@ def exit_message(exit: SystemExit, stderr: str) -> str:
     message = stderr[stderr.index("error:") :].strip()
     assert "\n" not in message
     return message
-
-
-def script_errors(
-    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., str]:
-    r"""Returns a function that runs a script with arguments and returns the error that ends it."""
-
-    def call(*args: object) -> str:
-        monkeypatch.syspath_prepend(str(script.parent))
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
-        with pytest.raises(SystemExit) as info:
-            runpy.run_path(str(script), run_name="__main__")
-        return exit_message(info.value, capsys.readouterr().err)
-
-    return call

@@ -8,14 +8,11 @@ from __future__ import annotations
 import csv
 import importlib
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from errors import script_errors
 from PIL import Image
+from scripts import EXPERIMENTS, call, script_errors
 
 from pyro_vaediff.bench import BASELINE, ENTRIES, Oracle, linear_gaussian_vae
 from pyro_vaediff.bench.page import significant
@@ -23,25 +20,10 @@ from pyro_vaediff.checkpoint import load_checkpoint
 from pyro_vaediff.infer import Importance
 from pyro_vaediff.training import load_vae
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCRIPT = EXPERIMENTS / "compare_estimators.py"
 MODULES = ("encoder", "decoder", "prior")
 # Of every kind: unrolled, a proposal that learns, particles, counterexamples.
 SOME = ("Trace_ELBO", "loss-aware LD k=8 | z_0", "path, 2 particles", "posterior", "log-mean-exp")
-
-
-def call(script, *args):
-    r"""Runs a script in a process of its own, and returns what it printed."""
-    command = [sys.executable, str(EXPERIMENTS / script), *map(str, args), "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def device_name(request):
-    return str(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="module")

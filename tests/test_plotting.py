@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -56,13 +54,7 @@ def find(tile, picture):
     return [(y, x) for y, x in np.argwhere(hits) if (windows[y, x] == tile).all()]
 
 
-@pytest.fixture(autouse=True)
-def _no_global_state():
-    """Every test leaves pyplot's figures and matplotlib's settings as they were."""
-    settings = dict(matplotlib.rcParams)
-    yield
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == settings
+pytestmark = pytest.mark.usefixtures("no_global_state")
 
 
 # --- Images ---

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -26,13 +24,7 @@ from pyro_vaediff.plotting.style import BLACK, BLUE, ORANGE, VERMILLION
 GROUPS = ("sampled KL", "closed-form KL", "one timestep", "importance", "antithetic", "collapsed")
 
 
-@pytest.fixture(autouse=True)
-def _no_global_state():
-    """Every test leaves pyplot's figures and matplotlib's settings as they were."""
-    settings = dict(matplotlib.rcParams)
-    yield
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == settings
+pytestmark = pytest.mark.usefixtures("no_global_state")
 
 
 @pytest.fixture

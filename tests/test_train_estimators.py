@@ -8,15 +8,13 @@ from __future__ import annotations
 import csv
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from errors import script_errors
 from PIL import Image
 from pyro.infer import Trace_ELBO
+from scripts import EXPERIMENTS, call, script_errors
 
 from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry
 from pyro_vaediff.build import make_vae
@@ -26,7 +24,6 @@ from pyro_vaediff.evaluation import evaluate
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.training import load_vae
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCRIPT = EXPERIMENTS / "train_estimators.py"
 NAMES = ("uniform k=1 | z_0", "importance LD k=8 | z_0, antithetic")
 TINY = {
@@ -35,24 +32,10 @@ TINY = {
 }
 
 
-def call(script, *args):
-    r"""Runs a script in a process of its own, and returns what it printed."""
-    command = [sys.executable, str(EXPERIMENTS / script), *map(str, args), "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return result.stdout
-
-
 def arguments(out, device_name, seeds=(0, 1), **others):
     options = TINY | {"out": out, "device": device_name} | others
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["--estimators", *NAMES, "--seeds", *map(str, seeds), *words]
-
-
-@pytest.fixture(scope="module")
-def device_name(request):
-    return str(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="module")

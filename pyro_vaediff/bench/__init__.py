@@ -25,6 +25,7 @@ from .harness import (
     measure_costs,
     minibatch_noise,
     rms_error,
+    training_step,
 )
 from .linear_gaussian import LinearDenoiser, LinearGaussian, linear_gaussian_vae, one_copy_per_datum
 from .oracle import Oracle
@@ -61,6 +62,7 @@ __all__ = [
     "step_times",
     "svi_step",
     "timestep_entry",
+    "training_step",
     "write_page",
     "write_pictures",
 ]

@@ -134,6 +134,16 @@ def svi_step(elbo: ELBO, vae: VAE, x: Tensor) -> Callable[[], object]:
     return step
 
 
+def milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    r"""Returns the time of a step, from and to an idle device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def step_times(
     steps: Sequence[Callable[[], object]], repeats: int, device: torch.device
 ) -> list[float]:
@@ -144,13 +154,8 @@ def step_times(
         repeats: How many times each of them is timed.
         device: The device that they compute on.
     """
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats):
         for column, step in zip(times, steps, strict=True):
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            column.append(1e3 * (time.perf_counter() - start))
+            column.append(milliseconds(step, device))
     return [statistics.median(column) for column in times]

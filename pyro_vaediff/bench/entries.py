@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
-from ..infer import Timestep_ELBO, TraceKL_ELBO
+from ..infer import Timestep_ELBO, TraceKL_ELBO, particle_options
 from .contenders import (
     ControlVariate_ELBO,
     GradientAware,
@@ -80,8 +80,7 @@ def timestep_entry(
     if make is not Timestep_ELBO:
         name += f", {make.__name__.removesuffix('_ELBO')}"
     options |= {"k": k, "conditioning": conditioning}
-    if particles > 1:  # in a plate outside of those of the data and of the timesteps
-        options |= {"vectorize_particles": True, "max_plate_nesting": 3}
+    options |= particle_options(particles)
     proposal = {"gradient-aware": GradientAware}.get(timesteps, lambda: timesteps)
     warmup = 40 if timesteps in ("loss-aware", "gradient-aware") else 0
     return Entry(

@@ -7,7 +7,7 @@ A gradient estimate :math:`g` of the parameters of one module has the total vari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -125,7 +125,6 @@ def gradient_noise_by_timestep(
     timesteps: Sequence[int],
     conditioning: str = "z_0",
     draws: int = 1,
-    progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Tensor]:
     r"""Returns the root mean square gradient of the KL term of each timestep, for a single datum.
 
@@ -138,7 +137,6 @@ def gradient_noise_by_timestep(
         timesteps: The timesteps :math:`t \geq 2`, :math:`n` in number.
         conditioning: What the KLs are given, ``"z_0"`` or ``"x"``.
         draws: The number of draws per datum.
-        progress: A wrapper of the loop over timesteps, such as a progress bar.
 
     Returns:
         The root mean squares for the encoder and the prior, with shape :math:`(n,)` each.
@@ -146,7 +144,7 @@ def gradient_noise_by_timestep(
     modules = {"encoder": vae.encoder, "prior": vae.prior}
     squares = {name: [] for name in modules}
     with pyro.get_param_store().scope():
-        for t in progress(timesteps):
+        for t in timesteps:
             elbo = Timestep_ELBO(_One(int(t)), k=1, conditioning=conditioning)
             total = dict.fromkeys(modules, 0.0)
             for datum in x.repeat(draws, *(1 for _ in x.shape[1:])).split(1):

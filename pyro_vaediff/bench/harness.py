@@ -11,14 +11,15 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyro
 import torch
 from torch import Tensor
 
-from ..infer import Timestep_ELBO
+from ..infer import Timestep_ELBO, particle_options
 from ..vae import VAE
 from .cost import count_evaluations, peak_memory, step_times, svi_step
 from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
@@ -36,14 +37,39 @@ __all__ = [
     "measure_costs",
     "minibatch_noise",
     "rms_error",
+    "training_step",
 ]
 
-# Of draws of z_0, in a plate outside of those of the data and of the timesteps.
-ANTITHETIC_PAIRS = {
-    "num_particles": 2, "vectorize_particles": True, "max_plate_nesting": 3, "antithetic": True
-}  # fmt: skip
+ANTITHETIC_PAIRS = particle_options(2) | {"antithetic": True}
 MODULES = ("encoder", "decoder", "prior")
 Record = dict[str, object]
+
+
+@contextmanager
+def guide_order(vae: VAE, order: str) -> Iterator[None]:
+    r"""A context inside of which the guide of a VAE's diffusion prior has an order."""
+    before, vae.prior.order = vae.prior.order, order
+    try:
+        yield
+    finally:
+        vae.prior.order = before
+
+
+def training_step(entry: Entry, vae: VAE, x: Tensor) -> Callable[[], object]:
+    r"""Returns a whole training step with an estimator, which leaves the VAE as it is.
+
+    Arguments:
+        entry: The estimator.
+        vae: The VAE.
+        x: The data, with shape :math:`(B, *)`.
+    """
+    step = svi_step(entry.make(), vae, x)
+
+    def ordered() -> object:
+        with guide_order(vae, entry.order):
+            return step()
+
+    return ordered
 
 
 @dataclass(frozen=True)
@@ -113,16 +139,16 @@ def measure(
     Returns:
         A record for the table, and the draws.
     """
-    order, vae.prior.order = vae.prior.order, entry.order
     elbo = entry.make()
-    with pyro.get_param_store().scope():
-        for _ in range(entry.warmup):
-            elbo.differentiable_loss(vae.model, vae.guide, x)
-    start = time.perf_counter()
-    sample = draw(elbo, vae, [x])
-    elapsed = time.perf_counter() - start
-    count = int(max(min_draws, min(draws, seconds / elapsed)))
-    rest = draw(elbo, vae, itertools.repeat(x, count - 1))
+    with guide_order(vae, entry.order):
+        with pyro.get_param_store().scope():
+            for _ in range(entry.warmup):
+                elbo.differentiable_loss(vae.model, vae.guide, x)
+        start = time.perf_counter()
+        sample = draw(elbo, vae, [x])
+        elapsed = time.perf_counter() - start
+        count = int(max(min_draws, min(draws, seconds / elapsed)))
+        rest = draw(elbo, vae, itertools.repeat(x, count - 1))
     sample = Draws(
         torch.cat([sample.values, rest.values]),
         {name: torch.cat([g, rest.gradients[name]]) for name, g in sample.gradients.items()},
@@ -158,7 +184,6 @@ def measure(
             f"{module}_bias": noise.bias,
             f"{module}_bias_se": noise.bias_se,
         }
-    vae.prior.order = order
     return record, sample
 
 
@@ -179,15 +204,13 @@ def draw_values(
     Returns:
         The losses in nats per datum, with shape :math:`(N,)`.
     """
-    order, vae.prior.order = vae.prior.order, entry.order
     elbo = entry.make()
     values, start = [], time.perf_counter()
-    with pyro.get_param_store().scope():
+    with guide_order(vae, entry.order), pyro.get_param_store().scope():
         while len(values) < draws:
             values.append(elbo.loss(vae.model, vae.guide, x) / len(x))
             if len(values) >= min_draws and time.perf_counter() - start > seconds:
                 break
-    vae.prior.order = order
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -204,15 +227,9 @@ def measure_costs(
         x: The data, with shape :math:`(B, *)`.
         repeats: How many times each step is timed; once if it takes more than a second.
     """
-    order, steps, costs = vae.prior.order, {False: {}, True: {}}, {}
+    steps, costs = {False: {}, True: {}}, {}
     for entry in entries:
-        vae.prior.order = entry.order
-        svi = svi_step(entry.make(), vae, x)
-
-        def step(entry: Entry = entry, svi=svi) -> object:
-            vae.prior.order = entry.order
-            return svi()
-
+        step = training_step(entry, vae, x)
         (first,) = step_times([step], 1, x.device)
         with count_evaluations(vae) as counts:
             peak = peak_memory(step, x.device)
@@ -225,7 +242,6 @@ def measure_costs(
         times = step_times(list(group.values()), 1 if slow else repeats, x.device)
         for name, milliseconds in zip(group, times, strict=True):
             costs[name]["ms"] = milliseconds
-    vae.prior.order = order
     return costs
 
 

@@ -2,7 +2,7 @@ r"""Estimators of the ELBO, and checks of when they are valid."""
 
 from .antithetic import Antithetic
 from .checks import check_mean_field
-from .factory import make_elbo
+from .factory import make_elbo, particle_options
 from .proposals import PROPOSALS, Importance, LossAware, Proposal, Timesteps, Uniform
 from .terms import elbo_terms
 from .timestep_elbo import Collapse, Timestep_ELBO
@@ -25,4 +25,5 @@ __all__ = [
     "check_mean_field",
     "elbo_terms",
     "make_elbo",
+    "particle_options",
 ]

@@ -9,9 +9,26 @@ from pyro.infer import ELBO, Trace_ELBO
 from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import TraceKL_ELBO
 
-__all__ = ["ESTIMATORS", "make_elbo"]
+__all__ = ["ESTIMATORS", "make_elbo", "particle_options"]
 
 ESTIMATORS = {"timestep": Timestep_ELBO, "trace": Trace_ELBO, "trace-kl": TraceKL_ELBO}
+
+
+def particle_options(num_particles: int) -> dict[str, int | bool]:
+    r"""Returns the options of an estimator with that many vectorized particles, for a VAE.
+
+    They are in a plate outside of those of the data and of the timesteps.
+
+    Arguments:
+        num_particles: The number of particles.
+    """
+    if num_particles < 1:
+        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    if num_particles == 1:
+        return {}
+    return {
+        "num_particles": num_particles, "vectorize_particles": True, "max_plate_nesting": 3
+    }  # fmt: skip
 
 
 def make_elbo(name: str, **options) -> ELBO:
