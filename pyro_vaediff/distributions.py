@@ -1,17 +1,59 @@
-r"""Distributions over the grid of pixel values: `levels` equally spaced points from -1 to 1."""
+r"""Distributions of images: isotropic Gaussians, and distributions over the grid of pixel values,
+`levels` equally spaced points from -1 to 1."""
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Independent, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["DiscretizedLogistic", "GridCategorical"]
+__all__ = ["DiscretizedLogistic", "GridCategorical", "IsotropicNormal"]
+
+
+class IsotropicNormal(Independent):
+    r"""A Gaussian with one standard deviation for all dimensions of its events.
+
+    .. math:: \log \mathcal{N}(x | \mu, \sigma^2 I) = -\frac{\|x - \mu\|^2}{2 \sigma^2}
+        - d \log (\sigma \sqrt{2 \pi})
+
+    The same distribution as ``Normal(loc, scale).to_event(event_dim)``. But its log-density goes
+    over the image once, instead of once per operation: that is a third of a training step of a
+    narrow network at 64 pixels.
+
+    Arguments:
+        loc: The mean :math:`\mu`, with shape :math:`(*, *\mathrm{event})`.
+        scale: The standard deviation :math:`\sigma`, a tensor with one element.
+        event_dim: The number of dimensions of an event.
+
+    Example:
+        >>> x, loc, scale = torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.tensor(0.5)
+        >>> IsotropicNormal(loc, scale, event_dim=2).log_prob(x)
+        tensor([-26.7095, -26.7095])
+        >>> Normal(loc, scale).to_event(2).log_prob(x)
+        tensor([-26.7095, -26.7095])
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, event_dim: int):
+        super().__init__(Normal(loc, scale), event_dim)
+        self.scale = scale
+
+    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None):
+        loc = self.base_dist.loc.expand(torch.Size(batch_shape) + self.event_shape)
+        return IsotropicNormal(loc, self.scale, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        squares = (value - self.base_dist.loc).square()
+        squares = squares.sum(tuple(range(-len(self.event_shape), 0)))
+        constant = self.event_shape.numel() * (self.scale.log() + math.log(2 * math.pi) / 2)
+        return -squares / (2 * self.scale.square()) - constant
 
 
 def to_grid(index: Tensor, levels: int) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import scipy.special
 import scipy.stats
 import torch
 
-from pyro_vaediff.distributions import DiscretizedLogistic, GridCategorical
+from pyro_vaediff.distributions import DiscretizedLogistic, GridCategorical, IsotropicNormal
 
 LEVELS = 5
 
@@ -85,3 +88,32 @@ def test_categorical_samples_have_the_frequencies_of_the_softmax(device):
     se = np.sqrt(p * (1 - p) / 40_000)
     assert sum(frequencies) == 1.0
     assert (np.abs(frequencies - p) < 5 * se).all() and se.max() < 0.003
+
+
+def test_isotropic_normal_is_a_normal(device):
+    x, loc = torch.randn(2, 7, 3, 4, dtype=torch.float64, device=device)
+    results = []
+    for law in (
+        lambda loc, scale: IsotropicNormal(loc, scale, event_dim=2),
+        lambda loc, scale: dist.Normal(loc, scale).to_event(2),
+    ):
+        parameters = [loc.clone().requires_grad_(), x.new_tensor(0.3).requires_grad_()]
+        log_prob = law(*parameters).log_prob(x)
+        assert log_prob.shape == (7,)
+        results.append([log_prob, *torch.autograd.grad(log_prob.sum(), parameters)])
+    torch.testing.assert_close(*results, atol=1e-10, rtol=1e-12)
+
+
+def test_isotropic_normal_samples_and_broadcasts_like_a_normal(device):
+    loc, scale = torch.randn(3, 4, device=device), torch.tensor(0.3, device=device)
+    law = IsotropicNormal(loc, scale, event_dim=2)
+    assert law.batch_shape == () and law.event_shape == (3, 4)
+    torch.manual_seed(0)
+    sample = law.expand((5,)).rsample()
+    torch.manual_seed(0)
+    assert torch.equal(sample, dist.Normal(loc, scale).to_event(2).expand((5,)).rsample())
+    assert isinstance(law.expand((5,)), IsotropicNormal)
+    assert law.expand((5,)).log_prob(sample).shape == (5,)
+    assert torch.equal(law.mean, loc) and (law.stddev == scale).all()
+    with pytest.raises(ValueError, match="support"):
+        law.log_prob(sample * math.nan)

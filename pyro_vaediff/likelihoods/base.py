@@ -55,7 +55,9 @@ class Likelihood(nn.Module):
         expected = (self.num_maps, *self.image_shape[1:])
         if params.shape[-3:] != expected:
             raise ValueError(f"params must end in shape {expected}, got {tuple(params.shape)}")
-        return self._distribution(upcast(params)).to_event(3)
+        p_x = self._distribution(upcast(params))
+        # Pyro's to_event would unwrap a distribution of images down to that of the pixels.
+        return p_x if p_x.event_dim == 3 else p_x.to_event(3)
 
     def preprocess(self, images: Tensor, levels: int = 256) -> Tensor:
         r"""Takes 8-bit images to x-space, drawing noise afresh where the likelihood needs it.

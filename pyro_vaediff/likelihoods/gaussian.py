@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from ..distributions import IsotropicNormal
 from ..nn.scale import bounded_scale, upcast
 from .base import Likelihood
 
@@ -53,8 +54,10 @@ class GaussianLikelihood(Likelihood):
             loc, raw = params.chunk(2, dim=-3)
             return dist.Normal(loc, bounded_scale(raw, self.floor))
         if self.fixed_sigma is not None:
-            return dist.Normal(params, torch.full_like(params, self.fixed_sigma))
-        return dist.Normal(params, bounded_scale(upcast(self.gain * self.raw_sigma), self.floor))
+            sigma = params.new_full((), self.fixed_sigma)
+        else:
+            sigma = bounded_scale(upcast(self.gain * self.raw_sigma), self.floor)
+        return IsotropicNormal(params, sigma, event_dim=3)
 
     def _preprocess(self, u: Tensor, levels: int) -> Tensor:
         return 2 * (u + torch.rand_like(u)) / levels - 1
