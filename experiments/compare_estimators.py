@@ -109,7 +109,7 @@ def load_run(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
             f"--checkpoint {args.checkpoint} must have a diffusion prior, got "
             f"{type(vae.prior).__name__}: the others have no timesteps to choose"
         )
-    data = load_data(args.checkpoint, args.root, download=not args.no_download)
+    data = load_data(args.checkpoint, args.root, not args.no_download, args.groups)
     count = args.batch_size * args.minibatches
     if len(data.train) < count:
         raise ValueError(
@@ -192,6 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--checkpoint", type=Path, metavar="RUN", help="a run directory of run.py")
     what.add_argument("--oracle", action="store_true", help="the linear-Gaussian VAE")
     parser.add_argument("--root", default="data", help="where the run's data are (%(default)s)")
+    parser.add_argument("--groups", type=Path, metavar="FILE", help="the run's list of groups")
     parser.add_argument("--no-download", action="store_true", help="never download data")
     parser.add_argument(
         "--only", nargs="*", default=(), metavar="TEXT", help="estimators with this in their name"

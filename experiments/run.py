@@ -37,8 +37,10 @@ import torch
 from pyro_vaediff.checkpoint import write_json
 from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import DATASETS, load
+from pyro_vaediff.evaluation import value_elbo
 from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo, particle_options
 from pyro_vaediff.metrics import EXTRACTORS, load_extractor
+from pyro_vaediff.nn import DENOISERS
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.report import report
 from pyro_vaediff.training import CHECKPOINT, NonFiniteError, Trainer
@@ -71,6 +73,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--root", default="data", help="where the data are, or go (%(default)s)")
     data.add_argument("--image-size", type=int, help="resize and crop images to this many pixels")
     data.add_argument("--limit", type=int, help="use at most this many images per split")
+    data.add_argument(
+        "--groups",
+        type=Path,
+        metavar="FILE",
+        help="folder: a list 'FILE GROUP' whose groups, such as persons, are kept in one split "
+        "each",
+    )
     data.add_argument("--no-download", action="store_true", help="never download data")
 
     model = parser.add_argument_group("model")
@@ -84,6 +93,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="gaussian, gaussian-pixel, gaussian-fixed, bernoulli, discretized-logistic, "
         "categorical (%(default)s)",
     )
+    model.add_argument(
+        "--num-components",
+        type=int,
+        default=500,
+        help="components of a mixture, pseudo-inputs of a VampPrior (%(default)s)",
+    )
+    model.add_argument(
+        "--prior-width", type=int, help="hidden width of a flow or a denoiser (its own default)"
+    )
+    model.add_argument("--denoiser", default="mlp", help=", ".join(DENOISERS) + " (%(default)s)")
     model.add_argument("--num-timesteps", type=int, default=1000, help="T (%(default)s)")
     model.add_argument("--schedule", default="linear", help="linear, cosine (%(default)s)")
     model.add_argument("--parameterization", default="eps", help="eps, z0, mu, v (%(default)s)")
@@ -119,15 +138,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     elbo.add_argument("--weighting", default="elbo", help=", ".join(WEIGHTINGS) + " (%(default)s)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int)
+    training.add_argument("--epochs", type=int, help="passes that train everything")
+    training.add_argument(
+        "--gaussian-epochs",
+        type=int,
+        default=0,
+        help="the first of these, in which N(0, I) stands in for the prior (%(default)s)",
+    )
+    training.add_argument(
+        "--prior-epochs",
+        type=int,
+        default=0,
+        help="passes after --epochs that train only the prior (%(default)s)",
+    )
+    training.add_argument(
+        "--init",
+        type=Path,
+        metavar="RUN",
+        help="start from the encoder and decoder of this run, and from its prior if of one kind",
+    )
     training.add_argument("--batch-size", type=int, default=100, help="(%(default)s)")
     training.add_argument("--lr", type=float, help="learning rate of Adam")
+    training.add_argument("--prior-lr", type=float, help="that of the prior, if another one")
+    training.add_argument(
+        "--warmup", type=int, default=0, help="steps in which the rates rise (%(default)s)"
+    )
     training.add_argument("--lr-schedule", choices=("constant", "cosine"))
     training.add_argument(
         "--clip-norm",
         type=float,
-        default=100.0,
-        help="global gradient norm, per datum (%(default)s)",
+        help="global gradient norm, per datum (100; 1000 for images of 28 pixels or more)",
     )
     training.add_argument(
         "--ema", type=float, default=0.0, help="decay of a weight average, 0: none"
@@ -162,6 +202,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "inception otherwise, if its weights can be had",
     )
     metrics.add_argument("--fid-weights", type=Path, help="a local file of the Inception weights")
+    metrics.add_argument(
+        "--test-k",
+        type=int,
+        default=0,
+        help="timesteps per test image of a diffusion prior; 0: all T of them (%(default)s)",
+    )
     metrics.add_argument(
         "--num-images", type=int, default=10_000, help="images per side, at most (%(default)s)"
     )
@@ -214,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         image_size=args.image_size,
         download=not args.no_download,
         limit=args.limit,
+        groups=args.groups,
     )
     extractor = choose_extractor(args, device)
     if extractor is not None and min(args.num_images, len(data.test)) < 2:
@@ -235,12 +282,15 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("timesteps", "k", "conditioning", "weighting", "entropy", "num_particles")
     } | {"antithetic": not args.no_antithetic}
     elbo = make_elbo(args.estimator, **options | particle_options(args.num_particles))
-    trainer = Trainer(model_config, train_config, elbo, data, device, args.out, args.snapshots)
+    trainer = Trainer(
+        model_config, train_config, elbo, data, device, args.out, args.snapshots, args.init
+    )
     if args.resume:
         trainer.resume()
 
     config = asdict(model_config) | asdict(train_config) | {"estimator": args.estimator} | options
-    config |= {"dataset": args.dataset, "device": str(device), "torch": torch.__version__}
+    config |= {"dataset": args.dataset, "groups": data.groups}
+    config |= {"device": str(device), "torch": torch.__version__}
     write_json(args.out / "config.json", config)
     counts = {
         name: sum(p.numel() for p in module.parameters())
@@ -249,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in config.items()))
     print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
+    test_elbo = value_elbo(args.test_k) if args.test_k else None
     start = time.perf_counter()
     vae = trainer.fit(progress=not args.quiet)
     seconds = time.perf_counter() - start
@@ -258,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.history,
         args.out,
         extractor,
+        elbo=test_elbo,
         num_images=args.num_images,
         seed=args.seed,
         progress=not args.quiet,

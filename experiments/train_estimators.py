@@ -175,6 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--start", type=Path, metavar="RUN", help="go on from a run of run.py, with its data"
     )
     parser.add_argument("--root", default="data", help="where the data are (%(default)s)")
+    parser.add_argument("--groups", type=Path, metavar="FILE", help="a folder's list of groups")
     parser.add_argument("--no-download", action="store_true", help="never download data")
     parser.add_argument(
         "--estimators", nargs="+", default=SERIOUS, metavar="NAME", help="names of the bench"
@@ -214,9 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
     if args.start is None:
-        data = load(args.dataset, args.root, download=not args.no_download)
+        data = load(args.dataset, args.root, download=not args.no_download, groups=args.groups)
     else:
-        data = load_data(args.start, args.root, download=not args.no_download)
+        data = load_data(args.start, args.root, not args.no_download, args.groups)
     config = ModelConfig(
         prior="diffusion",
         latent_dim=args.latent_dim,

@@ -2,7 +2,7 @@ r"""Diffusion priors in variational autoencoders, written as Pyro programs."""
 
 from . import diffusion, infer, nn, priors, schedules
 from .infer import Timestep_ELBO, TraceKL_ELBO
-from .priors import DiffusionPrior, FlowPrior, GaussianPrior, Prior
+from .priors import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, Prior, VampPrior
 from .register import register
 from .vae import VAE
 
@@ -13,9 +13,11 @@ __all__ = [
     "DiffusionPrior",
     "FlowPrior",
     "GaussianPrior",
+    "MixturePrior",
     "Prior",
     "Timestep_ELBO",
     "TraceKL_ELBO",
+    "VampPrior",
     "diffusion",
     "infer",
     "nn",

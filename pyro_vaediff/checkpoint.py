@@ -42,14 +42,15 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
 
 
 def write_csv(path: str | Path, records: list[dict[str, Any]]) -> None:
-    r"""Writes records with the same keys as a table.
+    r"""Writes records as a table.
 
     Arguments:
         path: The path of the file.
-        records: The rows, at least one.
+        records: The rows, at least one. What a row lacks, and others have, is left empty.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    names = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))

@@ -14,13 +14,18 @@ class ModelConfig:
     r"""What determines the architecture of a VAE; a checkpoint carries it.
 
     Arguments:
-        prior: The prior, ``"gaussian"``, ``"flow"`` or ``"diffusion"``.
+        prior: The prior, a key of :data:`~pyro_vaediff.priors.PRIORS`.
         latent_dim: The number of latent dimensions :math:`D`.
         image_shape: The shape :math:`(C, H, W)` of an image.
         levels: The number of values of a pixel.
         likelihood: The likelihood, see :func:`~pyro_vaediff.likelihoods.make_likelihood`.
         networks: ``"default"``, or ``"paper"`` for the networks of the paper's code.
         width: The number of channels of the first convolution.
+        num_components: The number of components :math:`K` of a mixture prior or a VampPrior.
+        prior_width: The width of the hidden layers of a flow's or a diffusion prior's networks, or
+            ``None`` for that of their own.
+        denoiser: The network of a diffusion prior, a key of
+            :data:`~pyro_vaediff.nn.DENOISERS`.
         num_timesteps: The number of steps :math:`T` of a diffusion prior.
         schedule: The variance schedule of a diffusion prior.
         parameterization: What the denoiser of a diffusion prior predicts.
@@ -34,6 +39,9 @@ class ModelConfig:
     likelihood: str = "gaussian"
     networks: str = "default"
     width: int = 32
+    num_components: int = 500
+    prior_width: int | None = None
+    denoiser: str = "mlp"
     num_timesteps: int = 1000
     schedule: str = "linear"
     parameterization: str = "eps"
@@ -45,10 +53,17 @@ class TrainConfig:
     r"""The settings of a training run.
 
     Arguments:
-        epochs: The number of passes over the training images.
+        epochs: The number of passes over the training images in which all networks are trained.
+        gaussian_epochs: The number of these passes, from the first one on, in which
+            :math:`\mathcal{N}(0, I)` stands in for the prior.
+        prior_epochs: The number of passes after the ``epochs``, in which only the prior is trained.
+            Encoder and decoder stay as they are, and the decoder need not be evaluated.
         batch_size: The number of images per step.
         lr: The learning rate of Adam.
-        lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step).
+        prior_lr: The learning rate of the prior's parameters, or ``None`` for that of the others.
+        lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step, and once more in the
+            passes that train only the prior).
+        warmup: The number of steps in which the learning rates rise linearly from zero.
         clip_norm: The largest global norm of the gradient of the loss in nats per datum.
         ema: The decay of an exponential moving average of the weights, which then is what is
             evaluated and kept; 0 for none.
@@ -57,18 +72,32 @@ class TrainConfig:
     """
 
     epochs: int = 100
+    gaussian_epochs: int = 0
+    prior_epochs: int = 0
     batch_size: int = 100
     lr: float = 5e-4
+    prior_lr: float | None = None
     lr_schedule: str = "constant"
+    warmup: int = 0
     clip_norm: float | None = 100.0
     ema: float = 0.0
     precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "lr", "prior_lr"):
+            value = getattr(self, name)
+            if name == "epochs" and value == 0 < self.prior_epochs:
+                continue
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        for name in ("gaussian_epochs", "prior_epochs", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.gaussian_epochs > self.epochs:
+            raise ValueError(
+                f"gaussian_epochs must be at most epochs={self.epochs}, got {self.gaussian_epochs}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.clip_norm is not None and not self.clip_norm > 0:

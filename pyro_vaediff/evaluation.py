@@ -29,13 +29,16 @@ def preprocess(vae: VAE, images: Tensor, levels: int) -> Tensor:
     return vae.decoder.likelihood.preprocess(images, levels).to(next(vae.parameters()).dtype)
 
 
-def value_elbo() -> Timestep_ELBO:
-    r"""Returns the estimator of values that stand for the bound while models are trained.
+def value_elbo(k: int = 32) -> Timestep_ELBO:
+    r"""Returns the estimator of values that stand for the bound, such as while models are trained.
 
-    It has 32 timesteps per datum. Antithetic pairs would lower the noise of gradients; that of
+    Arguments:
+        k: The number of timesteps per datum.
+
+    Antithetic pairs would lower the noise of gradients; that of
     values is lowered by twice as many different timesteps.
     """
-    return Timestep_ELBO("importance", k=32, antithetic=False, entropy="exact")
+    return Timestep_ELBO("importance", k=k, antithetic=False, entropy="exact")
 
 
 @torch.no_grad()

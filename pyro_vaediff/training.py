@@ -19,9 +19,10 @@ from .build import make_vae
 from .checkpoint import load_checkpoint, save_checkpoint, write_csv
 from .config import ModelConfig, TrainConfig
 from .data import ImageData, batches, load
+from .data.groups import list_name
 from .evaluation import evaluate, preprocess, value_elbo
 from .infer import Timestep_ELBO, TraceKL_ELBO
-from .priors import DiffusionPrior
+from .priors import DiffusionPrior, GaussianPrior, VampPrior
 from .svi import SVI, TorchOptim, per_datum
 from .vae import VAE
 
@@ -47,9 +48,11 @@ class Trainer:
             write nothing.
         snapshots: The epochs after which the model is kept as ``epoch-N.pt`` as well; 0 is its
             initialization.
+        init: A run directory or a checkpoint, whose encoder and decoder this run starts from, and
+            whose prior if it is of the same kind.
 
     Raises:
-        ValueError: If a configuration is not valid, or not for the estimator.
+        ValueError: If a configuration is not valid, not for the estimator or not for ``init``.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         out: str | Path | None = None,
         snapshots: Iterable[int] = (),
+        init: str | Path | None = None,
     ):
         torch.manual_seed(train_config.seed)
         self.model_config, self.config, self.elbo, self.data = (
@@ -78,19 +82,83 @@ class Trainer:
 
         self.batch_size = min(train_config.batch_size, len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch_size
-        optimizer = torch.optim.Adam(self.vae.parameters(), lr=train_config.lr)
-        scheduler = None
-        if train_config.lr_schedule == "cosine":
-            steps = train_config.epochs * self.steps_per_epoch
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        self.optim = TorchOptim(optimizer, train_config.clip_norm, scheduler)
-        self.svi = SVI(per_datum(self.vae.model), per_datum(self.vae.guide), self.optim, elbo)
+        self.initialize(init)
+        self.optim = self.make_optim()
+        vae = self.vae
+        gaussian = GaussianPrior(model_config.latent_dim).to(vae.prior.origin)
+        first = VAE(vae.encoder, vae.decoder, gaussian)
+        self.svi, self.gaussian_svi, self.prior_svi = (
+            SVI(per_datum(model), per_datum(guide), self.optim, elbo)
+            for model, guide in (
+                (vae.model, vae.guide),
+                (first.model, first.guide),
+                (vae.prior_model, vae.prior_guide),
+            )
+        )
+        self.total_epochs = train_config.epochs
+        if any(True for _ in vae.prior.parameters()):  # there is something to train
+            self.total_epochs += train_config.prior_epochs
+        elif not train_config.epochs:
+            raise ValueError(
+                f"epochs must be positive, got 0: a {model_config.prior} prior has no parameters"
+            )
         self.average = None
         if train_config.ema:
             average = get_ema_multi_avg_fn(train_config.ema)
             self.average = AveragedModel(self.vae, multi_avg_fn=average, use_buffers=True)
         # Whatever draws random numbers between here and `fit` does not change the run.
         self._rng = self.rng_state()
+
+    def initialize(self, init: str | Path | None) -> None:
+        r"""Puts the model where training starts, if that is not a random draw."""
+        if init is not None:
+            # A prior of another kind has other parameters, and starts afresh.
+            state = load_checkpoint(model_path(init))
+            prior = state["model_config"]["prior"]
+            kept = {
+                name: value
+                for name, value in state["vae"].items()
+                if prior == self.model_config.prior or not name.startswith("prior.")
+            }
+            groups = state["data"].get("groups")
+            if groups != self.data.groups:
+                raise ValueError(
+                    f"cannot start from {init}: it was trained on other splits, and may have seen "
+                    f"the test images (groups={groups}, not {self.data.groups})"
+                )
+            try:
+                missing, _ = self.vae.load_state_dict(kept, strict=False)
+                if any(not name.startswith("prior.") for name in missing):
+                    raise RuntimeError(f"it lacks {missing[0]}")
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"cannot start from {init}: other networks ({reason})") from error
+        if isinstance(self.vae.prior, VampPrior) and (init is None or prior != "vamp"):
+            first = self.data.train[: self.model_config.num_components].to(self.device)
+            self.vae.prior.initialize(preprocess(self.vae, first, self.data.levels))
+
+    def make_optim(self) -> TorchOptim:
+        r"""Returns Adam with the learning rates of the configuration, as functions of the step."""
+        config, prior = self.config, list(self.vae.prior.parameters())
+        known = set(prior)
+        groups = [{"params": [p for p in self.vae.parameters() if p not in known]}]
+        if prior:
+            groups.append({"params": prior, "lr": config.prior_lr or config.lr})
+        optimizer = torch.optim.Adam(groups, lr=config.lr)
+        joint, alone = (
+            max(1, epochs * self.steps_per_epoch) for epochs in (config.epochs, config.prior_epochs)
+        )
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+            if config.lr_schedule == "constant":
+                return warm
+            start = config.epochs * self.steps_per_epoch
+            done = (step - start) / alone if step >= start else step / joint
+            return warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return TorchOptim(optimizer, config.clip_norm, scheduler)
 
     # Training -------------------------------------------------------------------------------------
 
@@ -109,7 +177,7 @@ class Trainer:
         self.set_rng_state(self._rng)
         if not self.history:
             self.save_snapshot()
-        total, done = self.config.epochs, len(self.history)
+        total, done = self.total_epochs, len(self.history)
         bar = tqdm(
             total=total * self.steps_per_epoch,
             initial=done * self.steps_per_epoch,
@@ -136,6 +204,14 @@ class Trainer:
     def train_epoch(self, bar: tqdm) -> dict[str, float]:
         r"""Trains for an epoch and returns the mean of each term of the loss."""
         self.vae.train()
+        svi, done = self.svi, len(self.history)
+        if done < self.config.gaussian_epochs:
+            svi = self.gaussian_svi
+        if done >= self.config.epochs:
+            # Of the prior alone: frozen networks are in eval mode, and need no gradients.
+            svi = self.prior_svi
+            for module in (self.vae.encoder, self.vae.decoder):
+                module.eval().requires_grad_(False)
         bf16 = self.config.precision == "bf16"
         # Reading a value waits for a GPU, hence only now and then.
         check_every = 1 if self.device.type == "cpu" else 20
@@ -150,7 +226,7 @@ class Trainer:
         for step, batch in enumerate(loader, start=1):
             x = preprocess(self.vae, batch, self.data.levels)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                terms = self.svi.step(x)
+                terms = svi.step(x)
             if self.average is not None:
                 self.average.update_parameters(self.vae)
             values = torch.stack([*terms.values(), self.optim.grad_norm])
@@ -162,7 +238,10 @@ class Trainer:
             bar.update()
         means = (total / self.steps_per_epoch).tolist()
         record = {"train": sum(means[:-1]), "grad_norm": means[-1]}
-        return record | {f"train {name}": mean for name, mean in zip(terms, means, strict=False)}
+        if svi is self.prior_svi:  # without the reconstruction there is no sum
+            del record["train"]
+        record |= {f"train {name}": mean for name, mean in zip(terms, means, strict=False)}
+        return record
 
     def check_finite(self, terms: dict[str, Tensor], total: list[float], step: int) -> None:
         r"""Raises a :class:`NonFiniteError` that names the terms which are not finite."""
@@ -240,7 +319,11 @@ class Trainer:
         return {
             "model_config": model,
             "train_config": asdict(self.config),
-            "data": {"dataset": self.data.name, "train_images": len(self.data.train)},
+            "data": {
+                "dataset": self.data.name,
+                "train_images": len(self.data.train),
+                "groups": self.data.groups,
+            },
             "estimator": describe_elbo(self.elbo),
         }
 
@@ -284,10 +367,12 @@ class Trainer:
         if self.out is None:
             raise ValueError("out must be a run directory to resume from, got None")
         state = load_checkpoint(self.out / CHECKPOINT)
+        state.get("data", {}).setdefault("groups", None)  # which older checkpoints do not have
         for part, mine in self.settings().items():
             for name, saved in state.get(part, {}).items():
                 # More epochs continue a run, unless its learning rate depends on their number.
-                if name == "epochs" and self.config.lr_schedule == "constant":
+                last = "prior_epochs" if self.config.prior_epochs else "epochs"
+                if name == last and self.config.lr_schedule == "constant":
                     continue
                 if mine.get(name) != saved:
                     raise ValueError(
@@ -322,18 +407,34 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
     return vae.eval(), config
 
 
-def load_data(path: str | Path, root: str | Path = "data", download: bool = True) -> ImageData:
+def load_data(
+    path: str | Path,
+    root: str | Path = "data",
+    download: bool = True,
+    groups: str | Path | None = None,
+) -> ImageData:
     r"""Loads the images that a VAE was trained on, in its size and channels.
 
     Arguments:
         path: A run directory, or a checkpoint in one.
         root: The folder that holds the data sets, or the images themselves.
         download: Whether to download what is missing from ``root``.
+        groups: The list of groups that the run's splits keep apart, if it had one.
+
+    Raises:
+        ValueError: If ``groups`` is not the run's own, which would give other splits.
     """
     state = load_checkpoint(model_path(path))
     channels, size, _ = state["model_config"]["image_shape"]
-    name = state["data"]["dataset"]
-    return load(name, root, image_size=size, channels=channels, download=download)
+    name, listed = state["data"]["dataset"], state["data"].get("groups")
+    given = None if groups is None else list_name(groups)
+    if given != listed:
+        raise ValueError(
+            f"{path} has other splits: it was trained with groups={listed}, not {given}; give the "
+            "list it was trained with, if any (--groups)"
+        )
+    options = {"image_size": size, "channels": channels, "groups": groups}
+    return load(name, root, download=download, **options)
 
 
 def model_path(path: str | Path) -> Path:

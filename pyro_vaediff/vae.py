@@ -68,6 +68,29 @@ class VAE(nn.Module):
         with pyro.plate("data", count(x), dim=-1):
             return self.prior.guide(self.encoder(x))
 
+    def prior_model(self, x: Tensor) -> Tensor:
+        r"""The part of :meth:`model` that a prior is trained on alone: :math:`z_0 \sim p(z_0)`.
+
+        With :meth:`prior_guide`, its negative ELBO is :math:`\mathrm{KL}(q(z_0|x) \,\|\, p(z_0))`,
+        or the bound on it that the chain of a diffusion prior makes.
+
+        Arguments:
+            x: The images, with shape :math:`(B, C, H, W)`.
+        """
+        with pyro.plate("data", count(x), dim=-1):
+            return self.prior.model()
+
+    def prior_guide(self, x: Tensor) -> Tensor:
+        r"""The guide of :meth:`prior_model`: that of the VAE, with a fixed encoder.
+
+        Arguments:
+            x: The images, with shape :math:`(B, C, H, W)`.
+        """
+        with torch.no_grad():
+            q_z0 = self.encoder(x)
+        with pyro.plate("data", count(x), dim=-1):
+            return self.prior.guide(q_z0)
+
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         r"""Returns :math:`q_\psi(z_0 | x)`."""
         return self.encoder(x)

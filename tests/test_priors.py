@@ -14,10 +14,10 @@ from errors import one_line_value_error
 from pyro import poutine
 from torch import nn
 
-from pyro_vaediff import DiffusionPrior, FlowPrior, GaussianPrior
+from pyro_vaediff import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, VampPrior
 from pyro_vaediff.diffusion import q_reverse
-from pyro_vaediff.nn import MLPDenoiser
-from pyro_vaediff.schedules import Schedule
+from pyro_vaediff.nn import MLPDenoiser, ResidualDenoiser, make_denoiser
+from pyro_vaediff.schedules import LinearSchedule, Schedule
 
 SCHEDULES = ("linear", "cosine")
 PARAMETERIZATIONS = ("eps", "z0", "mu", "v")
@@ -25,8 +25,14 @@ VARIANCES = ("beta", "beta_tilde", "learned")
 PRIORS = {
     "gaussian": lambda D: GaussianPrior(D),
     "flow": lambda D: FlowPrior(D, hidden_features=[8]),
+    "mixture": lambda D: MixturePrior(D, num_components=3),
+    "vamp": lambda D: VampPrior(narrow_normal, D, image_shape=(D,), num_components=3),
     "diffusion": lambda D: DiffusionPrior(D, 4),
 }
+
+
+def narrow_normal(x):
+    return dist.Normal(x, 0.5).to_event(1)
 
 
 class Constant(nn.Module):
@@ -227,6 +233,11 @@ def test_outside_of_plates_there_is_one_sample(device, name):
         (lambda: FlowPrior(2, num_steps=0), "num_steps .* got 0"),
         (lambda: FlowPrior(2, hidden_features=[]), r"hidden_features .* got \[\]"),
         (lambda: FlowPrior(2, hidden_features=[8, 0]), r"hidden_features .* got \[8, 0\]"),
+        (lambda: MixturePrior(2, num_components=0), "num_components .* got 0"),
+        (lambda: VampPrior(None, 2, (2,), num_components=1.5), "num_components .* got 1.5"),
+        (lambda: VampPrior(None, 2, (2,), support=(1, 0)), r"support .* got \(1, 0\)"),
+        (lambda: ResidualDenoiser(2, LinearSchedule(5), embedding_dim=3), "positive, got 3"),
+        (lambda: make_denoiser("unet", 2, LinearSchedule(5)), "unknown denoiser 'unet': .*mlp"),
         (lambda: MLPDenoiser(2, 5, embedding_dim=3), "even and positive, got 3"),
     ],
 )

@@ -13,16 +13,27 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import nn
 
-from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO, register
+from pyro_vaediff import (
+    VAE,
+    DiffusionPrior,
+    FlowPrior,
+    GaussianPrior,
+    MixturePrior,
+    Timestep_ELBO,
+    VampPrior,
+    register,
+)
 from pyro_vaediff.bench import linear_gaussian_vae
 from pyro_vaediff.likelihoods import GaussianLikelihood
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder
 
 ORDERS = ("forward", "posterior", "reversed")
 PRIORS = {
-    "gaussian": lambda: GaussianPrior(3),
-    "flow": lambda: FlowPrior(3, hidden_features=[8]),
-    "diffusion": lambda: DiffusionPrior(3, 4),
+    "gaussian": lambda encoder: GaussianPrior(3),
+    "flow": lambda encoder: FlowPrior(3, hidden_features=[8]),
+    "mixture": lambda encoder: MixturePrior(3, num_components=4),
+    "vamp": lambda encoder: VampPrior(encoder, 3, IMAGE_SHAPE, num_components=4),
+    "diffusion": lambda encoder: DiffusionPrior(3, 4),
 }
 IMAGE_SHAPE = (1, 8, 8)
 
@@ -30,7 +41,7 @@ IMAGE_SHAPE = (1, 8, 8)
 def make_vae(device, prior="diffusion"):
     encoder = ConvEncoder(IMAGE_SHAPE, 3, width=4)
     decoder = ConvDecoder(3, GaussianLikelihood(IMAGE_SHAPE), width=4)
-    return VAE(encoder, decoder, PRIORS[prior]()).to(device)
+    return VAE(encoder, decoder, PRIORS[prior](encoder)).to(device)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pyro_vaediff import training
 from pyro_vaediff.checkpoint import load_checkpoint
+from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.training import load_vae
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
@@ -131,14 +132,14 @@ def test_a_run_from_the_command_line(arguments, tmp_path):
 
 
 def test_an_error_on_the_command_line(arguments, tmp_path):
-    command = [sys.executable, str(RUN), *arguments(tmp_path / "run", prior="vamp")]
+    command = [sys.executable, str(RUN), *arguments(tmp_path / "run", prior="copula")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == ("error: unknown prior 'vamp': choose one of gaussian, flow, diffusion\n")
+    assert done.stderr == f"error: unknown prior 'copula': choose one of {', '.join(PRIORS)}\n"
 
 
-@pytest.mark.parametrize("prior", ["gaussian", "flow"])
+@pytest.mark.parametrize("prior", [name for name in PRIORS if name != "diffusion"])
 def test_other_priors(run, tmp_path, prior):
     out = tmp_path / "run"
     check_run(out, run(out, prior=prior), prior)
@@ -166,7 +167,7 @@ def test_every_option_runs(run, tmp_path, options):
     check_run(tmp_path / "run", lines, "diffusion", epochs=1)
 
 
-@pytest.mark.parametrize("prior", ["gaussian", "flow", "diffusion"])
+@pytest.mark.parametrize("prior", PRIORS)
 def test_the_smallest_run(run, tmp_path, prior):
     one = {"epochs": 1, "limit": 1, "latent_dim": 1, "num_timesteps": 1, "width": 1, "k": 1}
     run(tmp_path / "run", prior=prior, features="none", **one)
@@ -293,7 +294,7 @@ def test_a_broken_checkpoint(error_of, finished_run, tmp_path, broken):
 # --- Errors ---------------------------------------------------------------------------------------
 
 ERRORS = [
-    ({"prior": "vamp"}, "unknown prior 'vamp'"),
+    ({"prior": "copula"}, "unknown prior 'copula'"),
     ({"networks": "unet"}, "--networks"),
     ({"networks": "paper"}, "32 or 64 pixels"),
     ({"likelihood": "poisson"}, "'poisson'"),

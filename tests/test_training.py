@@ -3,6 +3,8 @@ r"""Training: the steps, resuming, the best model, and what goes wrong."""
 from __future__ import annotations
 
 import csv
+import dataclasses
+import itertools
 import math
 from functools import partial
 
@@ -18,6 +20,7 @@ from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint
 from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluation import evaluate, preprocess
+from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.training import NonFiniteError, Trainer, load_vae
 
 
@@ -30,14 +33,14 @@ def data():
 def make_trainer(data, device, tmp_path):
     r"""Makes trainers of a tiny model, with 3 steps per epoch."""
 
-    def make(epochs=2, elbo=None, out="run", model=None, data=data, **options):
+    def make(epochs=2, elbo=None, out="run", model=None, data=data, init=None, **options):
         defaults = {"prior": "diffusion", "latent_dim": 2, "width": 4, "num_timesteps": 10}
         shape = {"image_shape": data.image_shape, "levels": data.levels}
         model_config = ModelConfig(**defaults | shape | (model or {}))
         options = {"epochs": epochs, "batch_size": 20, "lr": 5e-3} | options
         elbo = Timestep_ELBO(k=2) if elbo is None else elbo
         out = None if out is None else tmp_path / out
-        return Trainer(model_config, TrainConfig(**options), elbo, data, device, out)
+        return Trainer(model_config, TrainConfig(**options), elbo, data, device, out, init=init)
 
     return make
 
@@ -65,6 +68,14 @@ SETTINGS = {
     "BatchNorm": {"ema": 0.5},
     "Trace_ELBO": {"timesteps": None},
     "flow": {"prior": "flow"},
+    "three phases": {
+        "gaussian_epochs": 1,
+        "prior_epochs": 2,
+        "prior_lr": 1e-2,
+        "warmup": 2,
+        "lr_schedule": "cosine",
+    },
+    "VampPrior": {"prior": "vamp", "prior_epochs": 2, "ema": 0.9},
 }
 
 
@@ -280,7 +291,7 @@ def test_a_checkpoint_loads_with_weights_only(one_epoch):
 # --- What a run does and does not do --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior", ["gaussian", "flow", "diffusion"])
+@pytest.mark.parametrize("prior", PRIORS)
 def test_training_reduces_the_validation_loss(make_trainer, data, prior):
     trainer = make_trainer(8, out=None, model={"prior": prior})
     options = {"levels": data.levels, "elbo": Timestep_ELBO("all"), "seed": 5}
@@ -484,7 +495,7 @@ def test_train_config(options, match):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"prior": "vamp"}, "unknown prior 'vamp'"),
+        ({"prior": "copula"}, "unknown prior 'copula'"),
         ({"networks": "unet"}, "unknown networks 'unet'"),
         ({"likelihood": "poisson"}, "got 'poisson'"),
         ({"latent_dim": 0}, "latent_dim must be .* got 0"),
@@ -521,3 +532,93 @@ def test_a_run_does_not_depend_on_what_others_draw(make_trainer):
         runs.append(trainer)
     assert runs[0].history == runs[1].history
     assert_same(weights(runs[0].vae), weights(runs[1].vae))
+
+
+# --- Phases, and starts from other runs -----------------------------------------------------------
+
+
+def changed(before, after):
+    r"""Returns the names of the networks whose weights differ."""
+    names = {
+        name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])
+    }
+    return sorted(names)
+
+
+def test_each_phase_trains_its_networks(make_trainer, monkeypatch):
+    trainer = make_trainer(2, gaussian_epochs=1, prior_epochs=2, out=None)
+    history = [weights(trainer.vae)]
+    save = trainer.save
+
+    def spy():
+        save()
+        history.append(weights(trainer.vae))
+
+    monkeypatch.setattr(trainer, "save", spy)
+    trainer.fit(progress=False)
+    phases = [changed(*pair) for pair in itertools.pairwise(history)]
+    everything = ["decoder", "encoder", "prior"]
+    assert phases == [["decoder", "encoder"], everything, ["prior"], ["prior"]]
+    # Each phase has its terms: a Gaussian prior's KL, the chain's, and no reconstruction.
+    records = [set(record) for record in trainer.history]
+    assert "train z_0" in records[0] and "train z_s" not in records[0]
+    assert {"train", "train z_s", "train x"} <= records[1]
+    assert "train z_s" in records[2] and not {"train", "train x"} & records[2]
+
+
+def test_in_its_own_phase_the_prior_gets_better_and_its_loss_is_the_kl(make_trainer, data):
+    trainer = make_trainer(4, prior_epochs=8, out=None, prior_lr=2e-2)
+    best = trainer.fit(progress=False)
+    validation = [record["validation"] for record in trainer.history]
+    assert min(validation[4:]) < validation[3] - 0.1
+    terms = evaluate(best, data.train, data.levels)
+    kl = sum(value for name, value in terms.items() if name != "x")
+    last = trainer.history[-1]
+    assert sum(v for k, v in last.items() if k.startswith("train ")) == pytest.approx(kl, abs=1.0)
+
+
+def test_a_gaussian_prior_has_no_phase_of_its_own(make_trainer):
+    trainer = make_trainer(1, prior_epochs=3, model={"prior": "gaussian"}, out=None)
+    trainer.fit(progress=False)
+    assert len(trainer.history) == 1
+    with one_line_value_error("epochs must be positive, got 0: a gaussian prior has no parameters"):
+        make_trainer(0, prior_epochs=3, model={"prior": "gaussian"}, out=None)
+
+
+def test_the_learning_rates_follow_the_phases(make_trainer):
+    options = {"lr": 1e-3, "prior_lr": 1e-2, "lr_schedule": "cosine", "warmup": 2}
+    trainer = make_trainer(2, prior_epochs=1, out=None, **options)  # 3 steps per epoch
+    rates = []
+    trainer.optim.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    trainer.fit(progress=False)
+
+    def cosine(done):
+        return (1 + math.cos(math.pi * done)) / 2
+
+    factors = [0.5, *(cosine(i / 6) for i in range(1, 6)), *(cosine(i / 3) for i in range(3))]
+    assert [rate[0] for rate in rates] == pytest.approx([1e-3 * f for f in factors])
+    assert [rate[1] for rate in rates] == pytest.approx([1e-2 * f for f in factors])
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "diffusion"])
+def test_a_run_starts_from_another_one(make_trainer, prior):
+    first = make_trainer(1, out="first", model={"prior": prior})
+    best = first.fit(progress=False)
+    second = make_trainer(0, prior_epochs=1, out="second", init=first.out)
+    start, end = weights(second.vae), weights(second.fit(progress=False))
+    for name, value in weights(best).items():
+        assert torch.equal(start[name], value), name
+        assert name.startswith("prior.") or torch.equal(end[name], value), name
+    assert changed(start, end) == ["prior"]
+
+
+def test_a_run_starts_only_from_networks_that_fit_and_the_same_splits(make_trainer, data):
+    first = make_trainer(1, out="first")
+    first.fit(progress=False)
+    with one_line_value_error("cannot start from .*first: other networks"):
+        make_trainer(1, out=None, init=first.out, model={"width": 6})
+    other = dataclasses.replace(data, groups="persons.txt (sha256 0)")
+    with one_line_value_error("trained on other splits, .*groups=None, not persons.txt"):
+        make_trainer(1, out=None, init=first.out, data=other)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import sources
+from .groups import list_name
 from .minibatch import batches
 
 __all__ = ["DATASETS", "ImageData", "batches", "load"]
@@ -47,6 +48,7 @@ class ImageData:
         test: The images that are reported on, like `train`.
         levels: The number of values that a pixel can take.
         horizontal_flip: Whether training flips images at random, as the paper does for CIFAR-10.
+        groups: The name and the checksum of the list of groups that the splits keep apart, if any.
 
     Raises:
         ValueError: If a split is empty, has another dtype or image shape, or a value is out of
@@ -59,6 +61,7 @@ class ImageData:
     test: Tensor = field(repr=False)
     levels: int = 256
     horizontal_flip: bool = False
+    groups: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
@@ -99,6 +102,7 @@ def load(
     download: bool = True,
     seed: int = 0,
     limit: int | None = None,
+    groups: str | Path | None = None,
 ) -> ImageData:
     r"""Loads a data set into memory.
 
@@ -112,6 +116,12 @@ def load(
     an animation is taken. Files that do not have the name of an image are ignored; an image that
     cannot be read is an error.
 
+    Images of one person, scene or film are alike, so that a model which saw some of them is not
+    tested by the others. With `groups`, each group is in one split only: the groups are permuted,
+    and validation and test are filled with whole groups until they have a tenth of the images each,
+    or as close to it as the groups allow. Splits that are given as subfolders must not share a
+    group.
+
     Arguments:
         name: One of `DATASETS`.
         root: The folder that holds the data sets, or the images themselves for `"folder"`.
@@ -123,13 +133,18 @@ def load(
             `gdown` for that.
         seed: The seed of the permutations that make the splits.
         limit: Keep only the first `limit` images of each split.
+        groups: For `"folder"`, a text file with lines `FILE GROUP`, such as CelebA's
+            `identity_CelebA.txt`. A file is named by its path relative to `root` or by its name
+            alone. All images must be listed; other files may be.
 
     Returns:
         The three splits.
 
     Raises:
-        ValueError: If an argument is out of range, an image is unusable or there are too few.
-        FileNotFoundError: If the data is neither in `root` nor can be downloaded.
+        ValueError: If an argument is out of range, an image is unusable, there are too few, or
+            `groups` does not list them or has a group in two of the given splits.
+        FileNotFoundError: If the data is neither in `root` nor can be downloaded, or `groups` does
+            not exist.
 
     References:
         | Deep Learning Face Attributes in the Wild (Liu et al., 2015)
@@ -152,13 +167,20 @@ def load(
             raise ValueError(f"{argument} must be at least 1, not {value}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+    if groups is not None and name != "folder":
+        raise ValueError(
+            f"groups={str(groups)!r} is for the data set 'folder', not {name!r}: leave it out "
+            "(--groups)"
+        )
     root = Path(root).expanduser()
     options = {"image_size": image_size, "channels": channels, "limit": limit}
 
     if name == "digits":
         return ImageData(name, *sources.digits(**options, seed=seed), levels=17)
     if name == "folder":
-        return ImageData(name, *sources.folder(root, **options, seed=seed))
+        listed = None if groups is None else Path(groups).expanduser()
+        splits = sources.folder(root, **options, seed=seed, groups=listed)
+        return ImageData(name, *splits, groups=listed and list_name(listed))
     if name == "celeba":
         return ImageData(name, *sources.celeba(root, **options, download=download))
     splits = sources.from_torchvision(name, root, **options, download=download, seed=seed)

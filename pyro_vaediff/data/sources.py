@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import write_atomically
 from .files import SUFFIXES, decode_files, find_images, to_array
+from .groups import check_apart, find_groups, hold_out
 
 Splits = tuple[Tensor, Tensor, Tensor]
 
@@ -135,8 +136,9 @@ def folder(
     channels: int | None,
     limit: int | None,
     seed: int,
+    groups: Path | None,
 ) -> Splits:
-    r"""A folder of images, split by its subfolders or else at random."""
+    r"""A folder of images, split by its subfolders or else at random, in whole groups if given."""
 
     if not root.is_dir():
         raise FileNotFoundError(f"root={str(root)!r} is not a folder: give the folder of images")
@@ -153,15 +155,38 @@ def folder(
         paths = find_images(root.joinpath(*names))
         return [paths[i] for i in _permutation(len(paths), seed).tolist()]
 
-    if "test" in named and "train" in named:
-        train, test = images_in("train"), images_in("test")
-        cut = 0 if held_out else max(1, len(train) // 10)
-        validation = images_in(*held_out) if held_out else train[:cut]
-        train = train[cut:]
+    given = "test" in named and "train" in named
+    pools = {s: images_in(s) for s in named} if given else {"all": images_in()}
+    group_of: dict[Path, str] = {}
+    if groups is not None:
+        group_of = find_groups([p for pool in pools.values() for p in pool], root, groups)
+        check_apart(pools, group_of, groups)
+
+    def cut(paths: list[Path], *splits: str) -> list[list[Path]]:
+        # The splits get a tenth each, and the rest comes last.
+        if groups is None:
+            count = max(1, len(paths) // 10)
+            cuts = [slice(i * count, (i + 1) * count) for i in range(len(splits))]
+            return [paths[c] for c in (*cuts, slice(len(splits) * count, None))]
+        keys = [group_of[path] for path in paths]
+        if (count := len(set(keys))) <= len(splits):
+            raise ValueError(
+                f"groups={str(groups)!r} puts {len(paths)} images in {count} groups, but "
+                f"{len(splits) + 1} splits need a group each: list more groups, or leave it out"
+            )
+        split_of = hold_out(keys, _permutation(count, seed).tolist(), splits)
+        parts = {split: [] for split in (*splits, "train")}
+        for path, split in zip(paths, split_of, strict=True):
+            parts[split].append(path)
+        return list(parts.values())
+
+    if not given:
+        validation, test, train = cut(pools["all"], "validation", "test")
+    elif held_out:
+        train, validation, test = (pools[s] for s in ("train", *held_out, "test"))
     else:
-        train = images_in()
-        cut = max(1, len(train) // 10)
-        validation, test, train = train[:cut], train[cut : 2 * cut], train[2 * cut :]
+        test = pools["test"]
+        validation, train = cut(pools["train"], "validation")
 
     parts = [part[:limit] for part in (train, validation, test)]
     if not all(parts):

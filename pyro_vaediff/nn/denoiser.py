@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..schedules import Tables
+from ..schedules import Schedule, Tables
 from .mlp import mlp
 
-__all__ = ["MLPDenoiser", "sinusoidal_embedding"]
+__all__ = ["DENOISERS", "MLPDenoiser", "ResidualDenoiser", "make_denoiser", "sinusoidal_embedding"]
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
@@ -78,3 +79,125 @@ class MLPDenoiser(nn.Module):
         """
         embedding = self.time.embeddings[t].expand(*z.shape[:-1], -1)
         return self.net(torch.cat([z, embedding], dim=-1))
+
+
+class ResidualDenoiser(nn.Module):
+    r"""A residual MLP that is told the noise level by Fourier features of the log-SNR.
+
+    The signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)` says how much of :math:`z_0`
+    is left in :math:`z_t`, whatever the schedule and :math:`T`. Its logarithm, mapped to
+    :math:`u \in [0, 1]`, enters each block as :math:`\sin(k \pi u / 2), \cos(k \pi u / 2)`.
+    Like that of :class:`MLPDenoiser`, the output starts at zero.
+
+    Arguments:
+        latent_dim: The number of latent dimensions :math:`D`.
+        schedule: The variance schedule.
+        num_outputs: The number of outputs per latent dimension.
+        width: The number of hidden features.
+        num_blocks: The number of residual blocks, with two linear layers each.
+        embedding_dim: The number of features of the log-SNR, even.
+
+    References:
+        | Variational Diffusion Models (Kingma et al., 2021)
+        | https://arxiv.org/abs/2107.00630
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        schedule: Schedule,
+        num_outputs: int = 1,
+        width: int = 256,
+        num_blocks: int = 2,
+        embedding_dim: int = 32,
+    ):
+        super().__init__()
+        self.time = Tables({"embeddings": log_snr_embedding(schedule, embedding_dim)})
+        self.inputs = nn.Linear(latent_dim, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, embedding_dim) for _ in range(num_blocks))
+        self.outputs = nn.Linear(width, num_outputs * latent_dim)
+        nn.init.zeros_(self.outputs.weight)
+        nn.init.zeros_(self.outputs.bias)
+
+    def forward(self, z: Tensor, t: int | Tensor) -> Tensor:
+        r"""Evaluates the network.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, D)`.
+            t: The timestep(s), an integer or an integer tensor broadcastable to shape :math:`(*)`.
+
+        Returns:
+            The outputs, with shape :math:`(*, D)`, or :math:`(*, n D)` for :math:`n` outputs.
+        """
+        embedding, h = self.time.embeddings[t], self.inputs(z)
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.outputs(F.silu(h))
+
+
+class ResidualBlock(nn.Module):
+    r"""Adds an MLP of the normalized features and of the embedding of the time."""
+
+    def __init__(self, width: int, embedding_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.first = nn.Linear(width, width)
+        self.time = nn.Linear(embedding_dim, width, bias=False)
+        self.second = nn.Linear(width, width)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return h + self.second(F.silu(self.first(self.norm(h)) + self.time(embedding)))
+
+
+def log_snr_embedding(schedule: Schedule, dim: int) -> Tensor:
+    r"""Embeds the log-SNR of each timestep in sines and cosines.
+
+    Arguments:
+        schedule: The variance schedule.
+        dim: The number of features :math:`E`, even.
+
+    Returns:
+        The embeddings, in float64 and with shape :math:`(T + 1, E)`; that of :math:`t = 0`, where
+        the SNR is infinite, is that of :math:`t = 1`.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"the embedding dimension must be even and positive, got {dim}")
+    alpha_bar = schedule.original("alphas_cumprod")[1:]
+    log_snr = (alpha_bar / schedule.original("one_minus_alphas_cumprod")[1:]).log()
+    u = (log_snr - log_snr[-1]) / (log_snr[0] - log_snr[-1]).clamp(min=1e-12)
+    angles = u.unsqueeze(-1) * torch.arange(1, dim // 2 + 1, dtype=u.dtype) * (math.pi / 2)
+    embeddings = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return torch.cat([embeddings[:1], embeddings])
+
+
+DENOISERS: dict[str, type[nn.Module]] = {"mlp": MLPDenoiser, "residual": ResidualDenoiser}
+
+
+def make_denoiser(
+    name: str,
+    latent_dim: int,
+    schedule: Schedule,
+    num_outputs: int = 1,
+    width: int | None = None,
+) -> nn.Module:
+    r"""Returns the denoiser of that name.
+
+    Arguments:
+        name: ``"mlp"`` or ``"residual"``.
+        latent_dim: The number of latent dimensions :math:`D`.
+        schedule: The variance schedule.
+        num_outputs: The number of outputs per latent dimension.
+        width: The width of the hidden layers, or ``None`` for that of their own.
+    """
+    if name not in DENOISERS:
+        raise ValueError(f"unknown denoiser {name!r}: choose one of {', '.join(DENOISERS)}")
+    if name == "mlp":
+        T, options = (
+            schedule.num_timesteps,
+            {} if width is None else {"hidden_features": (width,) * 3},
+        )
+        return MLPDenoiser(latent_dim, T, num_outputs, **options)
+    options = {} if width is None else {"width": width}
+    return ResidualDenoiser(latent_dim, schedule, num_outputs, **options)

@@ -148,7 +148,8 @@ def plot_history(
 
     Arguments:
         history: A record per epoch, with the keys ``"epoch"``, ``"train"`` and ``"validation"``,
-            the latter two in nats per datum.
+            the latter two in nats per datum. Epochs after the last one with ``"train"`` may lack
+            it: when the prior is trained alone, the images are not reconstructed.
         path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
         title: The title.
 
@@ -157,23 +158,41 @@ def plot_history(
     """
     if not history:
         raise ValueError("history must have at least one epoch, got none")
-    columns = {}
+    columns, joint = {}, sum("train" in record for record in history)
     for key in ("epoch", "train", "validation"):
-        if missing := [i for i, record in enumerate(history) if key not in record]:
+        records = history[:joint] if key == "train" and joint else history
+        if missing := [i for i, record in enumerate(records) if key not in record]:
             raise ValueError(f"history must have the key {key!r}, which record {missing[0]} lacks")
-        values = torch.tensor([float(record[key]) for record in history], dtype=torch.float64)
+        values = torch.tensor([float(record[key]) for record in records], dtype=torch.float64)
         columns[key] = check_finite(f"history {key!r}", values)
-    epoch, losses = columns["epoch"], torch.stack([columns["train"], columns["validation"]])
+    epoch, losses = columns["epoch"], torch.cat([columns["train"], columns["validation"]])
     best = int(columns["validation"].argmin())
     best_epoch, best_loss = epoch[best].item(), columns["validation"][best].item()
 
     figure, (axes,) = slide(title)
     marker = "o" if len(epoch) == 1 else ""
-    axes.plot(epoch, losses[0], "--", color=VERMILLION, linewidth=2, marker=marker, label="train")
-    axes.plot(epoch, losses[1], "-", color=BLUE, linewidth=2.5, marker=marker, label="validation")
+    axes.plot(
+        epoch[:joint],
+        columns["train"],
+        "--",
+        color=VERMILLION,
+        linewidth=2,
+        marker=marker,
+        label="train",
+    )
+    axes.plot(
+        epoch,
+        columns["validation"],
+        "-",
+        color=BLUE,
+        linewidth=2.5,
+        marker=marker,
+        label="validation",
+    )
     label = f"best: {nats(best_loss)} nats, epoch {best_epoch:g}"
     axes.plot(best_epoch, best_loss, "*", color=BLACK, markersize=18, label=label, clip_on=False)
-    later = losses[:, len(epoch) // 10 :]
+    first = len(epoch) // 10
+    later = torch.cat([columns["train"][first:], columns["validation"][first:]])
     spread = (later.max() - losses.min()).item()
     if 0 < 4 * spread < (losses.max() - losses.min()).item():
         axes.set_ylim(losses.min().item() - 0.05 * spread, later.max().item() + 0.1 * spread)

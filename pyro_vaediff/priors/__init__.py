@@ -4,11 +4,22 @@ from .base import Prior
 from .diffusion import DiffusionPrior
 from .flow import FlowPrior
 from .gaussian import GaussianPrior
+from .mixture import MixturePrior, VampPrior
 
 PRIORS: dict[str, type[Prior]] = {
     "gaussian": GaussianPrior,
+    "mixture": MixturePrior,
+    "vamp": VampPrior,
     "flow": FlowPrior,
     "diffusion": DiffusionPrior,
 }
 
-__all__ = ["PRIORS", "DiffusionPrior", "FlowPrior", "GaussianPrior", "Prior"]
+__all__ = [
+    "PRIORS",
+    "DiffusionPrior",
+    "FlowPrior",
+    "GaussianPrior",
+    "MixturePrior",
+    "Prior",
+    "VampPrior",
+]

@@ -1,0 +1,152 @@
+r"""Mixture priors: a mixture of Gaussians, and the VampPrior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..nn.scale import bounded_scale
+from ..register import register
+from .base import Prior
+
+__all__ = ["MixturePrior", "VampPrior"]
+
+
+class MixturePrior(Prior):
+    r"""A mixture of factorized Gaussians,
+
+    .. math:: p(z_0) = \sum_{k=1}^K \pi_k \, \mathcal{N}(z_0 | \mu_k, \sigma_k^2) .
+
+    It starts with equal weights, and with means and variances such that its own are about those of
+    :math:`\mathcal{N}(0, I)`.
+
+    Arguments:
+        latent_dim: The number of latent dimensions :math:`D`.
+        num_components: The number of components :math:`K`.
+
+    Example:
+        >>> prior = MixturePrior(latent_dim=5, num_components=3)
+        >>> prior.distribution()
+        MixtureSameFamily(
+          Categorical(logits: torch.Size([3])),
+          Independent(Normal(loc: torch.Size([3, 5]), scale: torch.Size([3, 5])), 1))
+    """
+
+    spread = 0.5  # of the means; their variance and that of a component add up to one
+    floor = 1e-2  # of the standard deviations
+
+    def __init__(self, latent_dim: int, num_components: int = 500):
+        super().__init__(latent_dim)
+        check_num_components(num_components)
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.loc = nn.Parameter(self.spread * torch.randn(num_components, latent_dim))
+        scale = math.sqrt(1 - self.spread**2) - self.floor
+        raw = math.log(math.expm1(scale)) - math.log(math.expm1(1))
+        self.raw_scale = nn.Parameter(torch.full((num_components, latent_dim), raw))
+
+    def distribution(self) -> dist.MixtureSameFamily:
+        r"""Returns :math:`p(z_0)`, whose log-density is exact."""
+        components = dist.Normal(self.loc, bounded_scale(self.raw_scale, self.floor)).to_event(1)
+        return GaussianMixture(dist.Categorical(logits=self.logits), components)
+
+    def model(self) -> Tensor:
+        register("prior", self)
+        return pyro.sample("z_0", self.distribution())
+
+
+class GaussianMixture(dist.MixtureSameFamily):
+    r"""A mixture of factorized Gaussians, whose log-density takes two matrix products.
+
+    The exponent of a Gaussian is linear in :math:`(z^2, z)`. No tensor of shape :math:`(B, K, D)`
+    is made, which for hundreds of components would cost more than a small VAE.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        normals = self.component_distribution.base_dist
+        precision = normals.scale.square().reciprocal()
+        exponent = value @ (normals.loc * precision).mT - value.square() @ precision.mT / 2
+        constant = (normals.loc.square() * precision / 2 + normals.scale.log()).sum(-1)
+        constant = constant + self.event_shape.numel() * math.log(2 * math.pi) / 2
+        log_weights = self.mixture_distribution.logits.log_softmax(-1)
+        return torch.logsumexp(exponent + log_weights - constant, -1)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> dist.TorchDistribution:
+        # A batch of the same mixture has one set of components.
+        return dist.ExpandedDistribution(self, torch.Size(batch_shape))
+
+
+class VampPrior(Prior):
+    r"""The variational mixture of posteriors: the encoder's posteriors of learned images,
+
+    .. math:: p(z_0) = \frac{1}{K} \sum_{k=1}^K q_\psi(z_0 | u_k) .
+
+    The aggregate posterior is the best prior of all, and the mean of :math:`q_\psi(z_0 | x)` over
+    all training images. The pseudo-inputs :math:`u_k` stand in for these images.
+
+    Arguments:
+        encoder: The encoder :math:`q_\psi(z_0 | x)` of the VAE. It stays the VAE's own: the prior
+            only refers to it, and its parameters are not among the prior's.
+        latent_dim: The number of latent dimensions :math:`D`.
+        image_shape: The shape :math:`(C, H, W)` of an image.
+        num_components: The number of pseudo-inputs :math:`K`. The encoder sees all of them in each
+            training step.
+        support: The interval that pseudo-inputs are confined to, in x-space.
+
+    References:
+        | VAE with a VampPrior (Tomczak & Welling, 2018)
+        | https://arxiv.org/abs/1705.07120
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[[Tensor], dist.TorchDistribution],
+        latent_dim: int,
+        image_shape: Sequence[int],
+        num_components: int = 500,
+        support: tuple[float, float] = (-1.0, 1.0),
+    ):
+        super().__init__(latent_dim)
+        check_num_components(num_components)
+        if not support[0] < support[1]:
+            raise ValueError(f"support must be an interval (low, high), got {support}")
+        # In a tuple, the encoder is not registered as a part of the prior.
+        self._encoder = (encoder,)
+        self.support = support
+        noise = torch.rand(num_components, *image_shape)
+        self.pseudo_inputs = nn.Parameter(support[0] + (support[1] - support[0]) * noise)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        r"""Puts pseudo-inputs on data, as many as there are; the others stay noise.
+
+        Arguments:
+            x: Images in x-space, with shape :math:`(B, C, H, W)`.
+        """
+        x = x[: len(self.pseudo_inputs)]
+        self.pseudo_inputs[: len(x)] = x
+
+    def distribution(self) -> dist.MixtureSameFamily:
+        r"""Returns :math:`p(z_0)`, whose log-density is exact."""
+        # The gradient of a clamped pseudo-input is zero, and it could never come back: hence the
+        # clamped value with the gradient of the unclamped one.
+        u = self.pseudo_inputs
+        u = u + (u.clamp(*self.support) - u).detach()
+        components = self._encoder[0](u)
+        weights = dist.Categorical(logits=self.origin.new_zeros(len(u)))
+        return dist.MixtureSameFamily(weights, components)
+
+    def model(self) -> Tensor:
+        register("prior", self)
+        return pyro.sample("z_0", self.distribution())
+
+
+def check_num_components(num_components: int) -> None:
+    if int(num_components) != num_components or num_components < 1:
+        raise ValueError(f"num_components must be a whole number >= 1, got {num_components}")
