@@ -17,7 +17,7 @@ from .estimators import (
     plot_pareto,
     plot_training,
 )
-from .images import save_image_grid, save_reconstructions, save_strip
+from .images import save_image_grid, save_panels, save_reconstructions, save_strip
 
 __all__ = [
     "pareto_front",
@@ -29,6 +29,7 @@ __all__ = [
     "plot_pareto",
     "plot_training",
     "save_image_grid",
+    "save_panels",
     "save_reconstructions",
     "save_strip",
 ]

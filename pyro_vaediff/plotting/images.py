@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .style import write
+from .style import GREY, write
 
-__all__ = ["save_image_grid", "save_reconstructions", "save_strip"]
+__all__ = ["save_image_grid", "save_panels", "save_reconstructions", "save_strip"]
 
 
 def save_image_grid(
@@ -119,6 +120,75 @@ def save_reconstructions(
     save_labeled(blocks, path, title, columns=[""] * columns, rows=("image", "reconstruction"))
 
 
+def save_panels(
+    panels: Sequence[Sequence[Tensor | None]],
+    path: str | Path,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    title: str,
+    images_per_row: int | None = None,
+) -> None:
+    r"""Saves grids of images as the panels of a table, such as priors side by side.
+
+    Arguments:
+        panels: The images in [0, 1] of each panel, row by row, each with shape
+            :math:`(N, C, H, W)`; ``None`` leaves a panel empty. At least one must not be.
+        path: The path of the ``.png`` file.
+        columns: The labels of the columns of panels.
+        rows: The labels of the rows of panels.
+        title: The title.
+        images_per_row: The number of images per row of a panel. By default, it is about square.
+
+    Raises:
+        ValueError: If the images are not as above, or the panels are not as many as the labels.
+    """
+    if not rows or not columns or [len(row) for row in panels] != [len(columns)] * len(rows):
+        raise ValueError(
+            f"panels must be {len(rows)} rows of {len(columns)} panels, at least one each, got "
+            f"rows of {[len(row) for row in panels]}"
+        )
+    found = {
+        (i, j): as_images(f"panels[{i}][{j}]", images, "NCHW")
+        for i, row in enumerate(panels)
+        for j, images in enumerate(row)
+        if images is not None
+    }
+    shapes = {tuple(images.shape) for images in found.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"panels must have one shape (N, C, H, W), got {sorted(shapes)}")
+    first = next(iter(found.values()))
+    n = math.ceil(math.sqrt(len(first))) if images_per_row is None else images_per_row
+    if int(n) != n or n < 1:
+        raise ValueError(f"images_per_row must be a whole number >= 1, got {n}")
+    grids = {at: tile(images, n, 1, readable_scale(first, 48)) for at, images in found.items()}
+    panel_height, panel_width = next(iter(grids.values())).shape[:2]
+
+    em = min(28, max(16, panel_width // 16))  # the size of the letters, in pixels
+    gap = em
+    labels = [textwrap.wrap(label, max(8, int(panel_width / (0.6 * em)))) for label in columns]
+    left = gap + math.ceil(0.62 * em * max(map(len, rows))) + gap
+    width = left + len(columns) * (panel_width + gap)
+    lines = textwrap.wrap(title, max(16, int(width / (0.8 * em))))
+    top = gap + math.ceil(em * (1.7 * len(lines) + 0.5 + 1.3 * max(map(len, labels))))
+    height = top + len(rows) * (panel_height + gap)
+    with pixels(width, height, path) as (figure, text):
+        text(gap, gap, "\n".join(lines), 1.2 * em, va="top", fontweight="bold")
+        for j, label in enumerate(labels):
+            center = left + j * (panel_width + gap) + panel_width / 2
+            text(center, top - 0.5 * em, "\n".join(label), em, ha="center", va="bottom")
+        for i, label in enumerate(rows):
+            y = top + i * (panel_height + gap)
+            text(left - gap, y + panel_height / 2, label, em, ha="right", va="center")
+            for j in range(len(columns)):
+                x = left + j * (panel_width + gap)
+                if (i, j) in grids:
+                    below = height - y - panel_height
+                    figure.figimage(grids[i, j].numpy(), x, below, origin="upper")
+                else:
+                    middle = x + panel_width / 2, y + panel_height / 2
+                    text(*middle, "not run", em, ha="center", va="center", color=GREY)
+
+
 def as_images(name: str, images: Tensor, shape: str) -> Tensor:
     r"""Returns images in float64 and on the CPU, once they are known to be images."""
     if images.ndim != len(shape) or images.numel() == 0 or images.shape[-3] not in (1, 3):
@@ -172,21 +242,31 @@ def save_labeled(
     top = gap + math.ceil(1.4 * em * (title.count("\n") + 1 + any(columns)))
     height = top + len(grids) * (grid_height + gap)
 
-    # One unit of the figure is one pixel of the file: nothing is resampled.
+    with pixels(width, height, path) as (figure, text):
+        text(gap, gap, title, em, va="top", fontweight="bold")
+        for x, label in zip(centers(grid_width, len(columns), scale), columns, strict=True):
+            text(left + x, top - 0.2 * em, label, em, ha="center", va="baseline")
+        for i, grid in enumerate(grids):
+            above = top + i * (grid_height + gap)
+            figure.figimage(grid.numpy(), left, height - above - grid_height, origin="upper")
+            for y, label in zip(centers(grid_height, len(rows), scale), rows, strict=True):
+                text(left - gap, above + y, label, em, ha="right", va="center")
+
+
+@contextmanager
+def pixels(
+    width: int, height: int, path: str | Path
+) -> Iterator[tuple[Figure, Callable[..., None]]]:
+    r"""Yields a figure whose units are the pixels of the file, such that nothing is resampled, and
+    a function that writes into it: at x from the left and y from the top, a text of some size. The
+    figure is saved in the end."""
     dpi = 100
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
 
-    def text(x: float, y: float, label: str, **kwargs) -> None:
-        figure.text(x / width, 1 - y / height, label, fontsize=em * 72 / dpi, **kwargs)
+    def text(x: float, y: float, label: str, size: float, **kwargs: object) -> None:
+        figure.text(x / width, 1 - y / height, label, fontsize=size * 72 / dpi, **kwargs)
 
-    text(gap, gap, title, va="top", fontweight="bold")
-    for x, label in zip(centers(grid_width, len(columns), scale), columns, strict=True):
-        text(left + x, top - 0.2 * em, label, ha="center", va="baseline")
-    for i, grid in enumerate(grids):
-        above = top + i * (grid_height + gap)
-        figure.figimage(grid.numpy(), left, height - above - grid_height, origin="upper")
-        for y, label in zip(centers(grid_height, len(rows), scale), rows, strict=True):
-            text(left - gap, above + y, label, ha="right", va="center")
+    yield figure, text
     write(path, (".png",), lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 

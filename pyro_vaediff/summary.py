@@ -1,0 +1,254 @@
+r"""Many runs on one page: statistics over seeds, as records and as Markdown.
+
+A *record* is what one run found: ``"dataset"``, ``"row"`` (a prior and its settings),
+``"latent_dim"`` and ``"seed"``, and the numbers of its ``results.json`` as :func:`flatten` names
+them. All numbers of a table are such that less is better.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Statistic", "flatten", "markdown", "page", "statistic", "summarize", "with_all_keys"]
+
+Record = Mapping[str, Any]
+KEYS = ("dataset", "latent_dim", "row", "seed")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    r"""A number over seeds.
+
+    Arguments:
+        mean: Its mean.
+        sd: Its standard deviation, with n - 1 in the denominator; NaN for one seed.
+        n: The number of seeds.
+    """
+
+    mean: float
+    sd: float
+    n: int
+
+    @property
+    def standard_error(self) -> float:
+        r"""The standard error of the mean, NaN for one seed."""
+        return self.sd / math.sqrt(self.n)
+
+    def ties(self, best: Statistic) -> bool:
+        r"""Whether the mean is that of the best, or within the combined standard error of it."""
+        error = math.hypot(self.standard_error, best.standard_error)
+        return self.mean == best.mean or abs(self.mean - best.mean) <= error
+
+
+def statistic(values: Sequence[float]) -> Statistic:
+    r"""Returns the statistic of the values of all seeds, at least one.
+
+    Example:
+        >>> statistic([1.0, 2.0, 6.0])
+        Statistic(mean=3.0, sd=2.6457513110645907, n=3)
+    """
+    if not values:
+        raise ValueError("values must hold at least one number, got none")
+    if not all(map(math.isfinite, values)):
+        return Statistic(math.nan, math.nan, len(values))
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Statistic(statistics.fmean(values), sd, len(values))
+
+
+def flatten(results: Mapping[str, Any], prefix: str = "") -> dict[str, float | str]:
+    r"""Returns the numbers and texts of nested results, their names joined by dots.
+
+    Arguments:
+        results: The results. Lists are left out.
+        prefix: What the names start with.
+
+    Example:
+        >>> flatten({"test_images": 300, "frechet": {"samples": 0.5, "label": "FID"}})
+        {'test_images': 300, 'frechet.samples': 0.5, 'frechet.label': 'FID'}
+    """
+    flat: dict[str, float | str] = {}
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | str):
+            flat[prefix + name] = value
+    return flat
+
+
+def with_all_keys(records: Sequence[Record]) -> list[dict[str, Any]]:
+    r"""Returns the records with the keys of all of them, as a table needs them; empty where a
+    record has no value."""
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    return [{key: record.get(key, "") for key in keys} for record in records]
+
+
+def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
+    r"""Returns mean, sd and number of seeds of every number of every data set, latent size and row.
+
+    Arguments:
+        records: The records of all runs.
+
+    Returns:
+        Records with the keys ``"dataset"``, ``"latent_dim"``, ``"row"``, ``"metric"``, ``"mean"``,
+        ``"sd"`` (empty for one seed) and ``"n"``.
+    """
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for record in records:
+        for metric, value in record.items():
+            if metric not in KEYS and not isinstance(value, str):
+                groups.setdefault((*(record[key] for key in KEYS[:3]), metric), []).append(value)
+    summary = []
+    for group, values in groups.items():
+        found = statistic(values)
+        numbers = {"mean": found.mean, "sd": found.sd if found.n > 1 else "", "n": found.n}
+        summary.append(dict(zip((*KEYS[:3], "metric"), group, strict=True)) | numbers)
+    return summary
+
+
+# Markdown -----------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    r"""Returns the lines of a Markdown table.
+
+    Arguments:
+        header: The names of the columns.
+        rows: The texts of the cells.
+
+    Example:
+        >>> print("\n".join(markdown(["prior", "FID"], [["a | b", "-1.0"]])))
+        | prior | FID |
+        |---|---|
+        | a \| b | -1.0 |
+    """
+    lines = [[text.replace("|", r"\|") for text in row] for row in (header, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in lines]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
+
+
+def number(value: float, digits: int) -> str:
+    r"""Returns a number to be read, with a minus sign in place of a hyphen."""
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def metric_table(
+    records: Sequence[Record],
+    metric: str,
+    rows: Mapping[str, str],
+    latent_dims: Sequence[int],
+    num_seeds: int,
+    digits: int,
+) -> list[str]:
+    r"""Returns the lines of a table of one number: rows x latent sizes.
+
+    The best mean of a column is bold, and so are those that tie with it.
+
+    Arguments:
+        records: The records of a data set.
+        metric: The name of the number.
+        rows: The titles of the rows by their names.
+        latent_dims: The columns.
+        num_seeds: The number of seeds that a cell should have; n is shown if it has another.
+        digits: The number of decimals.
+    """
+    table = {name: [title] for name, title in rows.items()}
+    for latent_dim in latent_dims:
+        found: dict[str, Statistic] = {}
+        for name in rows:
+            values = [
+                record[metric]
+                for record in records
+                if (record["row"], record["latent_dim"]) == (name, latent_dim) and metric in record
+            ]
+            if values:
+                found[name] = statistic(values)
+        finite = [stat for stat in found.values() if math.isfinite(stat.mean)]
+        best = min(finite, key=lambda stat: stat.mean, default=None)
+        for name in rows:
+            stat = found.get(name)
+            if stat is None:
+                table[name].append("-")
+                continue
+            text = number(stat.mean, digits)
+            if stat.n > 1:
+                text += f" ± {number(stat.sd, digits)}"
+            if best is not None and len(finite) > 1 and stat.ties(best):
+                text = f"**{text}**"
+            table[name].append(text if stat.n == num_seeds else f"{text} (n = {stat.n})")
+    return markdown(["prior", *(f"D = {dim}" for dim in latent_dims)], table.values())
+
+
+def parameter_table(
+    records: Sequence[Record], rows: Mapping[str, str], latent_dims: Sequence[int]
+) -> list[str]:
+    r"""Returns the lines of a table of the numbers of parameters of the priors."""
+    counts = {
+        (record["row"], record["latent_dim"]): record["parameters.prior"]
+        for record in records
+        if "parameters.prior" in record
+    }
+    table = [
+        [
+            title,
+            *(f"{counts[name, dim]:,}" if (name, dim) in counts else "-" for dim in latent_dims),
+        ]
+        for name, title in rows.items()
+    ]
+    return markdown(["prior", *(f"D = {dim}" for dim in latent_dims)], table)
+
+
+def page(
+    title: str,
+    caption: str,
+    records: Sequence[Record],
+    datasets: Mapping[str, str],
+    rows: Mapping[str, str],
+    latent_dims: Mapping[str, Sequence[int]],
+    num_seeds: int,
+    pictures: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    r"""Returns the page of a grid of runs, in Markdown.
+
+    Arguments:
+        title: The title.
+        caption: What is above the tables: where the numbers come from.
+        records: The records of all runs.
+        datasets: The titles of the data sets by their names.
+        rows: The titles of the rows by their names.
+        latent_dims: The latent sizes of each data set.
+        num_seeds: The number of seeds of a complete cell.
+        pictures: The files of the pictures of each data set.
+    """
+    lines = [f"# {title}", "", caption]
+    for dataset, name in datasets.items():
+        mine = [record for record in records if record["dataset"] == dataset]
+        lines += ["", f"## {name}"]
+        if not mine:
+            lines += ["", "No run is finished yet."]
+            continue
+        args = (rows, latent_dims[dataset])
+        # Distances in different features, or of different numbers of images, do not compare.
+        keys = ("frechet.label", "frechet.num_images", "frechet.reference")
+        for protocol in dict.fromkeys(tuple(r[k] for k in keys) for r in mine if keys[0] in r):
+            same = [record for record in mine if tuple(record.get(k) for k in keys) == protocol]
+            label, count, reference = protocol
+            lines += ["", f"### {label}", ""]
+            # That the images are a folder says nothing.
+            images = reference.removeprefix("folder ")
+            lines += [f"Of {count:,} samples, and as many images of the {images}:", ""]
+            lines += metric_table(same, "frechet.samples", *args, num_seeds, 2)
+            lines += ["", "Of reconstructions, the floor that the decoder sets:", ""]
+            lines += metric_table(same, "frechet.reconstructions", *args, num_seeds, 2)
+        counts = " or ".join(f"{n:,}" for n in sorted({record["test_images"] for record in mine}))
+        lines += ["", f"### Test −ELBO (nats per image, {counts} images)", ""]
+        lines += metric_table(mine, "test_negative_elbo", *args, num_seeds, 2)
+        lines += ["", "### Bits/dim", ""]
+        lines += metric_table(mine, "test_bits_per_dim", *args, num_seeds, 3)
+        lines += ["", "### Parameters of the prior", "", *parameter_table(mine, *args)]
+        for picture in (pictures or {}).get(dataset, ()):
+            lines += ["", f"![{name}]({picture})"]
+    return "\n".join(lines) + "\n"
