@@ -18,10 +18,12 @@ LAYERS = (
     {"likelihoods"},
     {"priors"},
     {"vae"},
-    {"infer", "samplers", "build", "data", "metrics", "plotting"},
+    {"infer", "samplers", "probability_flow", "build", "data", "metrics", "plotting"},
     {"svi"},
     {"evaluation"},
-    {"training", "report"},
+    {"log_likelihood"},
+    {"surgery"},
+    {"training", "report", "summary"},
     {"bench"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
