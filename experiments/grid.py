@@ -30,7 +30,7 @@ TABLES = ("title", "settings", "datasets", "rows", "latent-dims", "seeds", "over
 # What a preset leaves to the grid, and what differs from machine to machine but not in its results.
 RESERVED = ("out", "resume", "quiet", "device", "seed", "latent-dim")
 OF_THE_MACHINE = ("root", "no-download", "fid-weights")
-RESULTS = "results.json"
+RESULTS, EVALUATION = "results.json", "evaluation.json"  # the latter by evaluate.py
 CONDITIONS = {"datasets": "dataset", "rows": "row", "latent-dims": "latent_dim", "seeds": "seed"}
 
 
@@ -95,8 +95,12 @@ class Cell:
         return (self.folder(out) / RESULTS).exists()
 
     def results(self, out: Path) -> dict[str, Any]:
-        r"""Returns the results."""
-        return json.loads((self.folder(out) / RESULTS).read_text())
+        r"""Returns the results, and those of ``evaluate.py`` if there are any."""
+        results = json.loads((self.folder(out) / RESULTS).read_text())
+        with contextlib.suppress(FileNotFoundError):
+            more = json.loads((self.folder(out) / EVALUATION).read_text())
+            results |= {name: more[name] for name in more if name not in ("options", "seconds")}
+        return results
 
 
 @dataclass(frozen=True)

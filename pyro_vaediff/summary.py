@@ -16,6 +16,13 @@ from typing import Any
 __all__ = ["Statistic", "flatten", "markdown", "page", "statistic", "summarize", "with_all_keys"]
 
 Record = Mapping[str, Any]
+# What evaluate.py adds, if it was run.
+EVALUATIONS = (
+    ("likelihood.negative_log_likelihood", "Importance-weighted −log p(x) (nats per image)", 2),
+    ("likelihood.gap", "What the ELBO of the same images leaves (nats)", 2),
+    ("surgery.marginal_kl", "KL(q(z_0) ‖ p(z_0)) of the aggregate posterior (nats)", 2),
+    ("surgery_flow.marginal_kl", "The same, with the probability flow's density (nats)", 2),
+)
 KEYS = ("dataset", "latent_dim", "row", "seed")
 
 
@@ -248,6 +255,10 @@ def page(
         lines += metric_table(mine, "test_negative_elbo", *args, num_seeds, 2)
         lines += ["", "### Bits/dim", ""]
         lines += metric_table(mine, "test_bits_per_dim", *args, num_seeds, 3)
+        for metric, heading, digits in EVALUATIONS:
+            if any(metric in record for record in mine):
+                lines += ["", f"### {heading}", ""]
+                lines += metric_table(mine, metric, *args, num_seeds, digits)
         lines += ["", "### Parameters of the prior", "", *parameter_table(mine, *args)]
         for picture in (pictures or {}).get(dataset, ()):
             lines += ["", f"![{name}]({picture})"]

@@ -1,0 +1,172 @@
+r"""Evaluates trained models beyond the bound that they were trained on.
+
+    python experiments/evaluate.py runs/digits-*
+
+For each run directory, on test images of its data set:
+
+- the importance-weighted log p(x), with the exact log p(z_0) of a Gaussian, flow or mixture prior,
+  and that of the probability flow of a diffusion prior, so that all priors are compared on the same
+  number; beside it the negative ELBO of the same images, which says how much the bound leaves;
+- ELBO surgery: the mean KL as the mutual information of x and z_0, and the KL divergence of the
+  aggregate posterior from the prior; and the number of active units.
+
+The numbers are printed and go to evaluation.json in the run directory, where ``table.py`` finds
+them. A run that has been evaluated with the same options is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import parse_device
+
+from pyro_vaediff.checkpoint import write_json
+from pyro_vaediff.data import ImageData
+from pyro_vaediff.evaluation import evaluate
+from pyro_vaediff.log_likelihood import log_likelihood
+from pyro_vaediff.metrics import bits_per_dim
+from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.surgery import Surgery, elbo_surgery
+from pyro_vaediff.training import load_data, load_vae
+from pyro_vaediff.vae import VAE
+
+EVALUATION = "evaluation.json"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    parser.add_argument("--root", default="data", help="where the data are (%(default)s)")
+    parser.add_argument("--groups", type=Path, metavar="FILE", help="the list that the runs had")
+    parser.add_argument("--no-download", action="store_true", help="never download data")
+    parser.add_argument(
+        "--num-images", type=int, default=200, help="test images for log p(x) (%(default)s)"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=16, help="draws of z_0 per image (%(default)s)"
+    )
+    parser.add_argument(
+        "--num-steps", type=int, default=50, help="steps of the probability flow (%(default)s)"
+    )
+    parser.add_argument(
+        "--surgery-images",
+        type=int,
+        default=1000,
+        help="test images for ELBO surgery; mutual information is log of it at most (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--device", type=parse_device, default="cpu", help="(%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args(argv)
+    for name in ("num_images", "num_samples", "num_steps"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least 1, got {getattr(args, name)}")
+    if args.surgery_images < 2:
+        raise ValueError(f"--surgery-images must be at least 2, got {args.surgery_images}")
+    return args
+
+
+def likelihood(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str, Any]:
+    r"""Returns the importance-weighted log p(x), and the negative ELBO of the same images."""
+    images = data.test[: args.num_images]
+    flow = {"num_steps": args.num_steps} if isinstance(vae.prior, DiffusionPrior) else {}
+    common = {"seed": args.seed, "progress": not args.quiet}
+    log_px = log_likelihood(vae, images, data.levels, args.num_samples, **common, **flow)
+    nats, width = -log_px.mean().item(), vae.decoder.likelihood.log_bin_width(data.levels)
+    elbo = sum(evaluate(vae, images, data.levels, **common).values())
+    return {
+        "negative_log_likelihood": nats,
+        "standard_error": log_px.std().item() / len(images) ** 0.5 if len(images) > 1 else None,
+        "bits_per_dim": bits_per_dim(nats, data.image_shape, width),
+        "negative_elbo": elbo,
+        "gap": elbo - nats,
+        "images": len(images),
+        "samples": args.num_samples,
+    }
+
+
+def as_numbers(surgery: Surgery) -> dict[str, Any]:
+    r"""Returns the results of ELBO surgery, without those of single units."""
+    numbers: dict[str, Any] = {}
+    for name, value in asdict(surgery).items():
+        if name in ("mutual_information", "marginal_kl", "total_kl"):
+            numbers |= {name: value[0], f"{name}_se": value[1]}
+        elif not isinstance(value, torch.Tensor):
+            numbers[name] = value
+    return numbers
+
+
+def evaluate_run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    r"""Returns all numbers of a run."""
+    start = time.perf_counter()
+    vae, _ = load_vae(path, args.device)
+    data = load_data(path, args.root, not args.no_download, args.groups)
+    images = data.test[: args.surgery_images]
+    common = {"seed": args.seed, "progress": not args.quiet}
+    results = {
+        "likelihood": likelihood(vae, data, args),
+        "surgery": as_numbers(elbo_surgery(vae, images, data.levels, **common)),
+    }
+    if isinstance(vae.prior, DiffusionPrior):
+        # The same with log p(z_0) of the probability flow, which is no bound.
+        flow = {"log_prior": "flow", "num_steps": args.num_steps}
+        results["surgery_flow"] = as_numbers(
+            elbo_surgery(vae, images, data.levels, **flow, **common)
+        )
+    return results | {"seconds": time.perf_counter() - start}
+
+
+def describe(results: dict[str, Any]) -> list[str]:
+    r"""Returns the results in lines to be read."""
+    likelihood = results["likelihood"]
+    error = likelihood["standard_error"]
+    lines = [
+        f"    log p(x) >= {-likelihood['negative_log_likelihood']:.2f} nats"
+        + (f" ± {error:.2f}" if error is not None else "")
+        + f", {likelihood['bits_per_dim']:.3f} bits/dim ({likelihood['images']} images, "
+        f"{likelihood['samples']} samples); the ELBO is {likelihood['gap']:.2f} nats below"
+    ]
+    for name in ("surgery", "surgery_flow"):
+        if (part := results.get(name)) is not None:
+            lines.append(
+                f"    KL {part['total_kl']:.2f} = mutual information "
+                f"{part['mutual_information']:.2f} (at most {part['max_mutual_information']:.2f}) "
+                f"+ marginal KL {part['marginal_kl']:.2f} ± {part['marginal_kl_se']:.2f}"
+                + {"surgery": "", "surgery_flow": " by the probability flow"}[name]
+                + f", {part['active_units']} active units"
+            )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    names = ("num_images", "num_samples", "num_steps", "surgery_images", "seed")
+    options = {name: getattr(args, name) for name in names}
+    for path in args.runs:
+        if not path.is_dir():
+            raise FileNotFoundError(f"no run directory at {path}")
+        file = path / EVALUATION
+        results = json.loads(file.read_text()) if file.exists() else {}
+        if results.get("options") != options:
+            results = evaluate_run(path, args) | {"options": options}
+            write_json(file, results)
+        print("\n".join([str(path), *describe(results)]), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: runs that were evaluated are kept")

@@ -1,0 +1,92 @@
+r"""``experiments/evaluate.py``: what it writes, that it does nothing twice, and its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from scripts import EXPERIMENTS, call, script_errors
+
+from pyro_vaediff.data import load
+from pyro_vaediff.evaluation import evaluate
+from pyro_vaediff.training import load_vae
+
+TINY = ("--num-images", "6", "--num-samples", "2", "--num-steps", "4", "--surgery-images", "8")
+
+
+@pytest.fixture(scope="module", params=["gaussian", "mixture", "diffusion"])
+def run(request, device_name, tmp_path_factory):
+    r"""A run directory, evaluated, with what was printed."""
+    out = tmp_path_factory.mktemp("runs") / request.param
+    options = {"prior": request.param, "epochs": 1, "limit": 60, "latent-dim": 2, "width": 4}
+    options |= {"num-components": 3, "num-timesteps": 10, "features": "none", "out": out}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    call("run.py", "--device", device_name, *words)
+    printed = call("evaluate.py", out, *TINY, "--device", device_name)
+    return out, printed
+
+
+def test_the_numbers(run, device):
+    out, _ = run
+    results = json.loads((out / "evaluation.json").read_text())
+    part = results["likelihood"]
+    assert part["gap"] == pytest.approx(part["negative_elbo"] - part["negative_log_likelihood"])
+    vae, _ = load_vae(out, device)
+    data = load("digits")
+    expected = sum(evaluate(vae, data.test[:6], data.levels).values())
+    assert part["negative_elbo"] == pytest.approx(expected, rel=1e-5)
+    # Two samples, and a prior that is exact or is nearly N(0, I) after one epoch.
+    assert part["gap"] > -1 and part["standard_error"] > 0
+    surgeries = [results[name] for name in results if name.startswith("surgery")]
+    assert len(surgeries) == (2 if "diffusion" in out.name else 1)
+    for surgery in surgeries:
+        total = surgery["mutual_information"] + surgery["marginal_kl"]
+        assert total == pytest.approx(surgery["total_kl"])
+        assert 0 <= surgery["active_units"] <= 2
+        assert all(isinstance(value, int | float) for value in surgery.values())
+
+
+def test_what_is_printed(run):
+    out, printed = run
+    lines = printed.splitlines()
+    assert lines[0] == str(out)
+    assert "log p(x) >= " in lines[1] and "(6 images, 2 samples)" in lines[1]
+    assert "(at most 2.08)" in lines[2] and "active units" in lines[2]
+    assert len(lines) == (4 if "diffusion" in out.name else 3)
+
+
+def test_nothing_is_done_twice_but_other_options_count(run, device_name):
+    out, printed = run
+    file = out / "evaluation.json"
+    os.utime(file, (0, 0))
+    args = (out, *TINY, "--device", device_name)
+    assert call("evaluate.py", *args) == printed
+    assert file.stat().st_mtime == 0
+    call("evaluate.py", *args, "--seed", "1")
+    assert file.stat().st_mtime > 0
+    call("evaluate.py", *args)  # as the other tests expect it
+
+
+@pytest.fixture
+def error_of(monkeypatch, capsys):
+    return script_errors(EXPERIMENTS / "evaluate.py", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        (["nowhere"], "no run directory at nowhere"),
+        (["nowhere", "--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["nowhere", "--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+        (["nowhere", "--num-steps", "0"], "--num-steps must be at least 1, got 0"),
+        (["nowhere", "--surgery-images", "1"], "--surgery-images must be at least 2, got 1"),
+        (["nowhere", "--device", "gpu"], "'gpu' is no device"),
+    ],
+)
+def test_errors(error_of, args, match):
+    assert match in error_of(*args)
+
+
+def test_a_folder_without_a_model(error_of, tmp_path):
+    assert "no checkpoint at" in error_of(tmp_path)
