@@ -3,6 +3,8 @@ r"""The negative ELBO of a set of images."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyro
 import pyro.infer
@@ -15,7 +17,7 @@ from .infer import Timestep_ELBO
 from .svi import differentiable_terms
 from .vae import VAE
 
-__all__ = ["evaluate", "preprocess", "value_elbo"]
+__all__ = ["evaluate", "evaluating", "preprocess", "value_elbo"]
 
 
 def preprocess(vae: VAE, images: Tensor, levels: int) -> Tensor:
@@ -71,8 +73,24 @@ def evaluate(
         The terms by name; their sum is the negative ELBO.
     """
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
-    device = next(vae.parameters()).device
-    training, totals = vae.training, {}
+    totals: dict[str, Tensor] = {}
+    with evaluating(vae, seed) as device:
+        loader = batches(images, batch_size, shuffle=False, device=device)
+        length = math.ceil(len(images) / batch_size)
+        for batch in tqdm(loader, "evaluation", length, leave=False, disable=not progress):
+            x = preprocess(vae, batch, levels)
+            for name, term in differentiable_terms(elbo, vae.model, vae.guide, x).items():
+                totals[name] = totals.get(name, 0.0) + term.double() / len(images)
+    return {name: float(term) for name, term in totals.items()}
+
+
+@contextmanager
+def evaluating(vae: VAE, seed: int) -> Iterator[torch.device]:
+    r"""Puts a VAE in eval mode and seeds the generators; both are restored afterwards.
+
+    It yields the device of the VAE.
+    """
+    device, training = next(vae.parameters()).device, vae.training
     vae.eval()
     try:
         with (
@@ -80,12 +98,6 @@ def evaluate(
             pyro.get_param_store().scope(),
         ):
             torch.manual_seed(seed)
-            loader = batches(images, batch_size, shuffle=False, device=device)
-            length = math.ceil(len(images) / batch_size)
-            for batch in tqdm(loader, "evaluation", length, leave=False, disable=not progress):
-                x = preprocess(vae, batch, levels)
-                for name, term in differentiable_terms(elbo, vae.model, vae.guide, x).items():
-                    totals[name] = totals.get(name, 0.0) + term.double() / len(images)
+            yield device
     finally:
         vae.train(training)
-    return {name: float(term) for name, term in totals.items()}

@@ -3,8 +3,6 @@ r"""The likelihood :math:`\log p(x)` of images, by importance sampling of :math:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pyro
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import batches
-from .evaluation import preprocess
+from .evaluation import evaluating, preprocess
 from .priors import DiffusionPrior, Prior
 from .probability_flow import ProbabilityFlow
 from .vae import VAE
@@ -150,22 +148,3 @@ def log_likelihood(
                 for batch in loader
             ]
         )
-
-
-@contextmanager
-def evaluating(vae: VAE, seed: int) -> Iterator[torch.device]:
-    r"""Puts a VAE in eval mode and seeds the generators; both are restored afterwards.
-
-    It yields the device of the VAE.
-    """
-    device, training = next(vae.parameters()).device, vae.training
-    vae.eval()
-    try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            pyro.get_param_store().scope(),
-        ):
-            torch.manual_seed(seed)
-            yield device
-    finally:
-        vae.train(training)

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from .data import batches
 from .diffusion import base_normal
-from .evaluation import preprocess, value_elbo
+from .evaluation import evaluating, preprocess, value_elbo
 from .infer import Timestep_ELBO, elbo_terms
-from .log_likelihood import evaluating, prior_log_prob
+from .log_likelihood import prior_log_prob
 from .priors import DiffusionPrior
 from .vae import VAE
 

@@ -21,6 +21,11 @@ from pyro_vaediff.plotting import (
 TERMS = {"x": 231.4, "-H[z_0]": -45.7, "z_1000": 0.02, "z_s": 40.1, "z_0": 12.5}
 
 
+def without_train(start, num_epochs):
+    epochs = range(start + 1, start + num_epochs + 1)
+    return [{"epoch": epoch, "validation": 12.0 + 1 / epoch} for epoch in epochs]
+
+
 def history(n):
     epochs = range(1, n + 1)
     return [{"epoch": e, "train": 10.0 + 90 / e, "validation": 12.0 + (e - 7) ** 2} for e in epochs]
@@ -163,6 +168,11 @@ def plots(path, device):
         ),
         "zero": (1280, lambda: plot_elbo_terms({"x": 0.0}, path)),
         "history": (1280, lambda: plot_history(history(50), path)),
+        "of the prior alone": (
+            1280,
+            lambda: plot_history([*history(9), *without_train(9, 3)], path),
+        ),
+        "of nothing but the prior": (1280, lambda: plot_history(without_train(0, 3), path)),
         "one epoch": (1280, lambda: plot_history(history(1), path)),
         "constant": (
             1280,
@@ -294,6 +304,7 @@ def test_broken_terms_raise(tmp_path, terms, match):
     ("records", "match"),
     [
         ([], "history must have at least one epoch"),
+        ([{"epoch": 1, "validation": 1.0}, *history(2)], "'train', which record 0 lacks"),
         ([*history(3), {"epoch": 4, "train": 1.0}], "'validation', which record 3 lacks"),
         ([history(1)[0] | {"train": float("inf")}], "history 'train' must be finite"),
     ],

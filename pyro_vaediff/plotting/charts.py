@@ -148,8 +148,8 @@ def plot_history(
 
     Arguments:
         history: A record per epoch, with the keys ``"epoch"``, ``"train"`` and ``"validation"``,
-            the latter two in nats per datum. Epochs after the last one with ``"train"`` may lack
-            it: when the prior is trained alone, the images are not reconstructed.
+            the latter two in nats per datum. The last epochs may lack ``"train"``: when the prior
+            is trained alone, the images are not reconstructed.
         path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
         title: The title.
 
@@ -160,7 +160,7 @@ def plot_history(
         raise ValueError("history must have at least one epoch, got none")
     columns, joint = {}, sum("train" in record for record in history)
     for key in ("epoch", "train", "validation"):
-        records = history[:joint] if key == "train" and joint else history
+        records = history[:joint] if key == "train" else history
         if missing := [i for i, record in enumerate(records) if key not in record]:
             raise ValueError(f"history must have the key {key!r}, which record {missing[0]} lacks")
         values = torch.tensor([float(record[key]) for record in records], dtype=torch.float64)
@@ -171,24 +171,11 @@ def plot_history(
 
     figure, (axes,) = slide(title)
     marker = "o" if len(epoch) == 1 else ""
-    axes.plot(
-        epoch[:joint],
-        columns["train"],
-        "--",
-        color=VERMILLION,
-        linewidth=2,
-        marker=marker,
-        label="train",
-    )
-    axes.plot(
-        epoch,
-        columns["validation"],
-        "-",
-        color=BLUE,
-        linewidth=2.5,
-        marker=marker,
-        label="validation",
-    )
+    train = {"color": VERMILLION, "linewidth": 2, "marker": marker, "label": "train"}
+    validation = {"color": BLUE, "linewidth": 2.5, "marker": marker, "label": "validation"}
+    if joint:
+        axes.plot(epoch[:joint], columns["train"], "--", **train)
+    axes.plot(epoch, columns["validation"], "-", **validation)
     label = f"best: {nats(best_loss)} nats, epoch {best_epoch:g}"
     axes.plot(best_epoch, best_loss, "*", color=BLACK, markersize=18, label=label, clip_on=False)
     first = len(epoch) // 10
