@@ -26,7 +26,7 @@ else:
 __all__ = ["PRESETS", "Cell", "Preset", "read_preset"]
 
 PRESETS = Path(__file__).parent / "presets"
-TABLES = ("title", "settings", "datasets", "rows", "latent-dims", "seeds", "overrides")
+TABLES = ("title", "reference", "settings", "datasets", "rows", "latent-dims", "seeds", "overrides")
 # What a preset leaves to the grid, and what differs from machine to machine but not in its results.
 RESERVED = ("out", "resume", "quiet", "device", "seed", "latent-dim")
 OF_THE_MACHINE = ("root", "no-download", "fid-weights")
@@ -114,6 +114,7 @@ class Preset:
         rows: The titles of the rows by their names.
         latent_dims: The latent sizes of each data set.
         seeds: The seeds.
+        reference: The row that the others are compared with.
         cells: All runs. Seeds are outermost, such that a grid which is stopped has whole tables.
     """
 
@@ -123,6 +124,7 @@ class Preset:
     rows: dict[str, str]
     latent_dims: dict[str, list[int]]
     seeds: list[int]
+    reference: str | None
     cells: list[Cell]
 
 
@@ -200,8 +202,9 @@ def make_preset(
                         options |= others
                 options |= {"latent-dim": latent_dim, "seed": seed}
                 cells.append(check_cell(replace(cell, options=options)))
-    title = str(content.get("title", name))
-    return Preset(name, title, *titles, latent_dims, seeds, cells)
+    title, reference = str(content.get("title", name)), content.get("reference")
+    check_names("reference", [] if reference is None else [reference], rows)
+    return Preset(name, title, *titles, latent_dims, seeds, reference, cells)
 
 
 def read_overrides(

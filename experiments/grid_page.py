@@ -57,6 +57,7 @@ def write_tables(preset: Preset, out: Path) -> str:
         preset.latent_dims,
         len(preset.seeds),
         pictures,
+        preset.reference,
     )
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
     return text

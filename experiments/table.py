@@ -32,6 +32,7 @@ A preset has
     title = "..."              of the page
     latent-dims = [40, 100]    a data set may have its own
     seeds = [0, 1, 2]
+    reference = "NAME"         a row that the others are compared with, in pairs of the same seed
     [settings]                 options of run.py by their long names: epochs = 250; true for a flag
     [datasets.NAME]            title, options; dataset = "..." if it is not the name
     [rows.NAME]                title, options; prior = "..." if it is not the name; init-row = a row

@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Statistic", "flatten", "markdown", "page", "statistic", "summarize", "with_all_keys"]
+__all__ = [
+    "Statistic",
+    "flatten",
+    "markdown",
+    "page",
+    "paired_table",
+    "statistic",
+    "summarize",
+    "with_all_keys",
+]
 
 Record = Mapping[str, Any]
 # What evaluate.py adds, if it was run.
@@ -189,6 +198,51 @@ def metric_table(
     return markdown(["prior", *(f"D = {dim}" for dim in latent_dims)], table.values())
 
 
+def paired_table(
+    records: Sequence[Record],
+    metric: str,
+    rows: Mapping[str, str],
+    latent_dims: Sequence[int],
+    reference: str,
+    digits: int,
+) -> list[str]:
+    r"""Returns the lines of a table of differences from one row, in pairs of the same seed.
+
+    What a seed does to both rows, such as a start that they share, is not in the difference. Its
+    error is the standard error of the mean over seeds.
+
+    Arguments:
+        records: The records of a data set.
+        metric: The name of the number.
+        rows: The titles of the rows by their names.
+        latent_dims: The columns.
+        reference: The name of the row that is subtracted.
+        digits: The number of decimals.
+    """
+    values = {
+        (record["row"], record["latent_dim"], record["seed"]): record[metric]
+        for record in records
+        if metric in record
+    }
+    table = {name: [title] for name, title in rows.items() if name != reference}
+    for name, cells in table.items():
+        for dim in latent_dims:
+            differences = [
+                value - values[reference, dim, seed]
+                for (row, latent_dim, seed), value in values.items()
+                if (row, latent_dim) == (name, dim) and (reference, dim, seed) in values
+            ]
+            if not differences:
+                cells.append("-")
+                continue
+            found = statistic(differences)
+            text = number(found.mean, digits)
+            if found.n > 1:
+                text += f" ± {number(found.standard_error, digits)}"
+            cells.append(f"{text} (n = {found.n})")
+    return markdown(["prior", *(f"D = {dim}" for dim in latent_dims)], table.values())
+
+
 def parameter_table(
     records: Sequence[Record], rows: Mapping[str, str], latent_dims: Sequence[int]
 ) -> list[str]:
@@ -217,6 +271,7 @@ def page(
     latent_dims: Mapping[str, Sequence[int]],
     num_seeds: int,
     pictures: Mapping[str, Sequence[str]] | None = None,
+    reference: str | None = None,
 ) -> str:
     r"""Returns the page of a grid of runs, in Markdown.
 
@@ -229,6 +284,7 @@ def page(
         latent_dims: The latent sizes of each data set.
         num_seeds: The number of seeds of a complete cell.
         pictures: The files of the pictures of each data set.
+        reference: The row that the others are compared with, in pairs of the same seed.
     """
     lines = [f"# {title}", "", caption]
     for dataset, name in datasets.items():
@@ -242,10 +298,10 @@ def page(
         keys = ("frechet.label", "frechet.num_images", "frechet.reference")
         for protocol in dict.fromkeys(tuple(r[k] for k in keys) for r in mine if keys[0] in r):
             same = [record for record in mine if tuple(record.get(k) for k in keys) == protocol]
-            label, count, reference = protocol
+            label, count, split = protocol
             lines += ["", f"### {label}", ""]
             # That the images are a folder says nothing.
-            images = reference.removeprefix("folder ")
+            images = split.removeprefix("folder ")
             lines += [f"Of {count:,} samples, and as many images of the {images}:", ""]
             lines += metric_table(same, "frechet.samples", *args, num_seeds, 2)
             lines += ["", "Of reconstructions, the floor that the decoder sets:", ""]
@@ -253,6 +309,13 @@ def page(
         counts = " or ".join(f"{n:,}" for n in sorted({record["test_images"] for record in mine}))
         lines += ["", f"### Test −ELBO (nats per image, {counts} images)", ""]
         lines += metric_table(mine, "test_negative_elbo", *args, num_seeds, 2)
+        if reference is not None:
+            lines += [
+                "",
+                f"Difference from {rows[reference]}, in pairs of the same seed (± standard error):",
+                "",
+                *paired_table(mine, "test_negative_elbo", *args, reference, 2),
+            ]
         lines += ["", "### Bits/dim", ""]
         lines += metric_table(mine, "test_bits_per_dim", *args, num_seeds, 3)
         for metric, heading, digits in EVALUATIONS:

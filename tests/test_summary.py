@@ -184,3 +184,28 @@ def test_a_page_without_records_and_with_pictures():
     assert "No run is finished yet." in make_page([])
     text = make_page([record("flow", 0, 1.0)], pictures={"digits": ["samples-digits.png"]})
     assert "![Digits](samples-digits.png)" in text
+
+
+def test_differences_in_pairs_of_the_same_seed():
+    # The seeds differ by 100 nats, the rows by 1 and 3: mean 2, sd sqrt(2), standard error 1.
+    records = [
+        record("diffusion", 0, 10.0), record("flow", 0, 11.0),
+        record("diffusion", 1, 110.0), record("flow", 1, 113.0),
+        record("flow", 2, 500.0), record("gaussian", 1, 90.0),
+    ]  # fmt: skip
+    text = make_page(records, num_seeds=3, reference="diffusion")
+    above = "Difference from diffusion, in pairs of the same seed (± standard error):"
+    assert tables(text)[above] == [
+        ["prior", "D = 2"],
+        ["Gaussian", "−20.00 (n = 1)"],
+        ["flow", "2.00 ± 1.00 (n = 2)"],
+    ]
+    assert "in pairs" not in make_page(records)
+    assert tables(make_page(records[:1], reference="diffusion"))[above][1] == ["Gaussian", "-"]
+
+
+def test_evaluations_are_on_the_page_if_there_are_any():
+    records = [record("flow", 0, 10.0, **{"likelihood.negative_log_likelihood": 8.5})]
+    above = "Importance-weighted −log p(x) (nats per image)"
+    assert tables(make_page(records, num_seeds=1))[above][2] == ["flow", "8.50"]
+    assert above not in make_page([record("flow", 0, 10.0)])

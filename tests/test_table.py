@@ -275,6 +275,7 @@ BAD_PRESETS = {
     "[datasets.mine]\n": "[datasets.mine] needs dataset = one of digits, ",
     "[datasets.b]\ndataset = 'imagenet'\n": "argument --dataset: invalid choice: 'imagenet'",
     "[datasets.b]\nlatent-dims = 3\n": "latent-dims of b must be a list of different integers >= 1",
+    "reference = 'vamp'\n": "reference has the unknown name 'vamp'",
     "overrides = 3\n": "overrides must be tables, [[overrides]], got 3",
     "[[overrides]]\nrows = ['nvp']\n": "[[overrides]] number 1: rows has the unknown name 'nvp'",
     "[[overrides]]\nrows = 'flow'\n": "[[overrides]] number 1: rows must be a list, got 'flow'",
