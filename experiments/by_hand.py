@@ -101,7 +101,7 @@ def check_equal(vae: VAE, x: Tensor, k: int = 8) -> None:
     r"""Raises unless both losses, and all their gradients, are the same for the same noise."""
     vae, x = copy.deepcopy(vae).double(), x.double()
     # A denoiser that starts at zero would hide the gradients of its other layers.
-    nn.init.normal_(vae.prior.denoiser.net[-1].weight, std=0.1)
+    nn.init.normal_(vae.prior.denoiser.outputs.weight, std=0.1)
     by_hand, parameters = ByHand(vae, k), list(vae.parameters())
     elbo = Timestep_ELBO(k=k)
 

@@ -102,7 +102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--prior-width", type=int, help="hidden width of a flow or a denoiser (its own default)"
     )
-    model.add_argument("--denoiser", default="mlp", help=", ".join(DENOISERS) + " (%(default)s)")
+    model.add_argument(
+        "--denoiser", default="residual", help=", ".join(DENOISERS) + " (%(default)s)"
+    )
     model.add_argument("--num-timesteps", type=int, default=1000, help="T (%(default)s)")
     model.add_argument("--schedule", default="linear", help="linear, cosine (%(default)s)")
     model.add_argument("--parameterization", default="eps", help="eps, z0, mu, v (%(default)s)")

@@ -41,7 +41,7 @@ class ModelConfig:
     width: int = 32
     num_components: int = 500
     prior_width: int | None = None
-    denoiser: str = "mlp"
+    denoiser: str = "residual"
     num_timesteps: int = 1000
     schedule: str = "linear"
     parameterization: str = "eps"

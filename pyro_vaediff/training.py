@@ -367,7 +367,9 @@ class Trainer:
         if self.out is None:
             raise ValueError("out must be a run directory to resume from, got None")
         state = load_checkpoint(self.out / CHECKPOINT)
-        state.get("data", {}).setdefault("groups", None)  # which older checkpoints do not have
+        # What older checkpoints do not have.
+        state.get("data", {}).setdefault("groups", None)
+        state["model_config"].setdefault("denoiser", "mlp")
         for part, mine in self.settings().items():
             for name, saved in state.get(part, {}).items():
                 # More epochs continue a run, unless its learning rate depends on their number.
@@ -400,7 +402,7 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
         The VAE in eval mode, and its configuration.
     """
     state = load_checkpoint(model_path(path))
-    config = ModelConfig(**state["model_config"])
+    config = ModelConfig(**{"denoiser": "mlp"} | state["model_config"])  # that of older checkpoints
     precision = state["train_config"]["precision"]
     vae = make_vae(config).to(device, torch.float64 if precision == "float64" else torch.float32)
     vae.load_state_dict(state["vae"])

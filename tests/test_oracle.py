@@ -157,7 +157,7 @@ def with_another(vae, name):
         ("prior", "^vae.prior must be of class DiffusionPrior, got GaussianPrior: "),
         ("encoder", "^vae.encoder must be of class LinearGaussian, got HalfGaussian: "),
         ("decoder", "^vae.decoder must be of class LinearGaussian, got Linear: "),
-        ("denoiser", "^vae.prior.denoiser must be of class LinearDenoiser, got MLPDenoiser: "),
+        ("denoiser", "^vae.prior.denoiser must be of class LinearDenoiser, got ResidualDenoiser: "),
         (
             "copies",
             r"^vae.encoder.weight must have shape \(1, 2, 3\), got \(2, 2, 3\): .* one copy",

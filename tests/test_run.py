@@ -302,7 +302,7 @@ ERRORS = [
     ({"parameterization": "x"}, "unknown parameterization 'x'"),
     ({"reverse_variance": "x"}, "unknown reverse_variance 'x'"),
     ({"num_timesteps": 0}, "num_timesteps must be a whole number >= 1, got 0"),
-    ({"latent_dim": 0}, "latent_dim must be a whole number >= 1, got 0"),
+    ({"latent_dim": 0}, "latent_dim must be a positive int, got 0"),
     ({"latent_dim": "two"}, "--latent-dim: invalid int value: 'two'"),
     ({"width": 0}, "width must be a positive int, got 0"),
     ({"estimator": "iwae"}, "unknown estimator 'iwae'"),

@@ -192,7 +192,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_beta_tilde(device, monkeypat
     # For any network: here, a random one. The steps are compared draw by draw.
     T = 12
     prior = DiffusionPrior(2, T, reverse_variance="beta_tilde", parameterization="eps")
-    nn.init.normal_(prior.denoiser.net[-1].weight, std=0.1)
+    nn.init.normal_(prior.denoiser.outputs.weight, std=0.1)
     prior = prior.double().to(device)
     noise = iter(list(torch.randn(T, 5, 2, dtype=torch.float64, device=device)))
     draws = []

@@ -11,7 +11,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
 from ..diffusion import at_time, normal, q_marginal, q_reverse, q_step
-from ..nn.denoiser import MLPDenoiser
+from ..nn.denoiser import ResidualDenoiser
 from ..register import register
 from ..schedules import Schedule, Tables, make_schedule
 from .base import Prior
@@ -50,7 +50,7 @@ class DiffusionPrior(Prior):
             :class:`~pyro_vaediff.schedules.Schedule`.
         denoiser: The network, called with :math:`z_t` of shape :math:`(*, D)` and :math:`t`, which
             returns a tensor of shape :math:`(*, D)`, or :math:`(*, 2D)` if the variance is learned.
-            By default, a :class:`~pyro_vaediff.nn.MLPDenoiser`.
+            By default, a :class:`~pyro_vaediff.nn.ResidualDenoiser`.
         parameterization: What the network predicts (up to the part of it that is linear in
             :math:`z_t`): the noise ``"eps"``, the clean latents ``"z0"``, the mean ``"mu"``, or the
             velocity ``"v"``.
@@ -93,7 +93,7 @@ class DiffusionPrior(Prior):
         self.order = order
         if denoiser is None:
             num_outputs = 2 if reverse_variance == "learned" else 1
-            denoiser = MLPDenoiser(latent_dim, num_timesteps, num_outputs)
+            denoiser = ResidualDenoiser(latent_dim, self.schedule, num_outputs)
         self.denoiser = denoiser
 
         self.kernel = Tables(reverse_tables(self.schedule, parameterization, reverse_variance))
