@@ -168,7 +168,7 @@ def test_interventions_reach_the_sites(device):
 
 def train(vae, x, loss=None):
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss or Trace_ELBO())
-    # A layer that starts at zero lets no gradient through in the first step: four reach all of them.
+    # Layers that start at zero let no gradient through at first: four steps reach all of them.
     for _ in range(4):
         assert math.isfinite(svi.step(x))
 
