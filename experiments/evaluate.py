@@ -6,7 +6,8 @@ For each run directory, on test images of its data set:
 
 - the importance-weighted log p(x), with the exact log p(z_0) of a Gaussian, flow or mixture prior,
   and that of the probability flow of a diffusion prior, so that all priors are compared on the same
-  number; beside it the negative ELBO of the same images, which says how much the bound leaves;
+  number; beside it the negative ELBO of the same images, which says how much the bound leaves, and
+  the differences between the runs, which must be of one data set;
 - ELBO surgery: the mean KL as the mutual information of x and z_0, and the KL divergence of the
   aggregate posterior from the prior; and the number of active units.
 
@@ -92,6 +93,7 @@ def likelihood(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str,
         "gap": elbo - nats,
         "images": len(images),
         "samples": args.num_samples,
+        "log_likelihoods": log_px.tolist(),
     }
 
 
@@ -148,8 +150,21 @@ def describe(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def compare(found: dict[Path, list[float]]) -> list[str]:
+    r"""Returns the differences from the run with the highest log p(x), image by image."""
+    values = {path: torch.tensor(numbers, dtype=torch.float64) for path, numbers in found.items()}
+    best = max(values, key=lambda path: values[path].mean().item())
+    lines = [f"log p(x) less than that of {best}, in pairs of the same image:"]
+    for path in sorted(values, key=lambda path: -values[path].mean().item()):
+        difference = values[best] - values[path]
+        error = difference.std().item() / len(difference) ** 0.5
+        lines.append(f"    {difference.mean():7.2f} ± {error:.2f} nats  {path}")
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    found: dict[Path, list[float]] = {}
     names = ("num_images", "num_samples", "num_steps", "surgery_images", "seed")
     options = {name: getattr(args, name) for name in names}
     for path in args.runs:
@@ -161,6 +176,9 @@ def main(argv: list[str] | None = None) -> None:
             results = evaluate_run(path, args) | {"options": options}
             write_json(file, results)
         print("\n".join([str(path), *describe(results)]), flush=True)
+        found[path] = results["likelihood"]["log_likelihoods"]
+    if len(found) > 1 and args.num_images > 1:
+        print("\n".join(compare(found)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 from scripts import EXPERIMENTS, call, script_errors
@@ -66,6 +67,21 @@ def test_nothing_is_done_twice_but_other_options_count(run, device_name):
     call("evaluate.py", *args, "--seed", "1")
     assert file.stat().st_mtime > 0
     call("evaluate.py", *args)  # as the other tests expect it
+
+
+def test_runs_are_compared_image_by_image(run, device_name, tmp_path):
+    out, _ = run
+    twin = tmp_path / "twin"
+    shutil.copytree(out, twin)
+    results = json.loads((twin / "evaluation.json").read_text())
+    # One nat less on half of the images: 1/2 in the mean, sd sqrt(6 / 5) / 2, standard error 0.22.
+    values = results["likelihood"]["log_likelihoods"]
+    results["likelihood"]["log_likelihoods"] = [v - (i % 2) for i, v in enumerate(values)]
+    (twin / "evaluation.json").write_text(json.dumps(results))
+    lines = call("evaluate.py", out, twin, *TINY, "--device", device_name).splitlines()
+    assert lines[-3] == f"log p(x) less than that of {out}, in pairs of the same image:"
+    assert lines[-2].split(maxsplit=4) == ["0.00", "±", "0.00", "nats", f" {out}".strip()]
+    assert lines[-1].split(maxsplit=4) == ["0.50", "±", "0.22", "nats", str(twin)]
 
 
 @pytest.fixture
