@@ -25,7 +25,7 @@ class ModelConfig:
         prior_width: The width of the hidden layers of a flow's or a diffusion prior's networks, or
             ``None`` for that of their own.
         denoiser: The network of a diffusion prior, a key of
-            :data:`~pyro_vaediff.nn.DENOISERS`.
+            :data:`~pyro_vaediff.nn.denoiser.DENOISERS`.
         num_timesteps: The number of steps :math:`T` of a diffusion prior.
         schedule: The variance schedule of a diffusion prior.
         parameterization: What the denoiser of a diffusion prior predicts.
