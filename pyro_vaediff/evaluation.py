@@ -17,7 +17,7 @@ from .infer import Timestep_ELBO
 from .svi import differentiable_terms
 from .vae import VAE
 
-__all__ = ["evaluate", "evaluating", "preprocess", "value_elbo"]
+__all__ = ["evaluate", "evaluating", "in_batches", "preprocess", "value_elbo"]
 
 
 def preprocess(vae: VAE, images: Tensor, levels: int) -> Tensor:
@@ -34,11 +34,11 @@ def preprocess(vae: VAE, images: Tensor, levels: int) -> Tensor:
 def value_elbo(k: int = 32) -> Timestep_ELBO:
     r"""Returns the estimator of values that stand for the bound, such as while models are trained.
 
+    Antithetic pairs would lower the noise of gradients; that of values is lowered by twice as many
+    different timesteps.
+
     Arguments:
         k: The number of timesteps per datum.
-
-    Antithetic pairs would lower the noise of gradients; that of
-    values is lowered by twice as many different timesteps.
     """
     return Timestep_ELBO("importance", k=k, antithetic=False, entropy="exact")
 
@@ -75,13 +75,34 @@ def evaluate(
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
     totals: dict[str, Tensor] = {}
     with evaluating(vae, seed) as device:
-        loader = batches(images, batch_size, shuffle=False, device=device)
-        length = math.ceil(len(images) / batch_size)
-        for batch in tqdm(loader, "evaluation", length, leave=False, disable=not progress):
-            x = preprocess(vae, batch, levels)
+        for x in in_batches(vae, images, levels, batch_size, device, progress and "evaluation"):
             for name, term in differentiable_terms(elbo, vae.model, vae.guide, x).items():
                 totals[name] = totals.get(name, 0.0) + term.double() / len(images)
     return {name: float(term) for name, term in totals.items()}
+
+
+def in_batches(
+    vae: VAE,
+    images: Tensor,
+    levels: int,
+    batch_size: int,
+    device: torch.device,
+    progress: str | bool = False,
+) -> Iterator[Tensor]:
+    r"""Yields images in their order, as the VAE's likelihood sees them.
+
+    Arguments:
+        vae: The VAE.
+        images: The images, uint8 with shape :math:`(N, C, H, W)`.
+        levels: The number of values of a pixel.
+        batch_size: The number of images that are yielded at once.
+        device: Where they go.
+        progress: The label of a progress bar, or ``False`` for none.
+    """
+    loader = batches(images, batch_size, shuffle=False, device=device)
+    length = math.ceil(len(images) / batch_size)
+    for batch in tqdm(loader, progress or None, length, leave=False, disable=not progress):
+        yield preprocess(vae, batch, levels)
 
 
 @contextmanager

@@ -8,10 +8,8 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm import tqdm
 
-from .data import batches
-from .evaluation import evaluating, preprocess
+from .evaluation import evaluating, in_batches
 from .priors import DiffusionPrior, Prior
 from .probability_flow import ProbabilityFlow
 from .vae import VAE
@@ -137,14 +135,10 @@ def log_likelihood(
         The estimates, with shape :math:`(N,)`.
     """
     with evaluating(vae, seed) as device:
-        loader = batches(images, batch_size, shuffle=False, device=device)
-        length = math.ceil(len(images) / batch_size)
-        loader = tqdm(loader, "log-likelihood", length, leave=False, disable=not progress)
+        progress = progress and "log-likelihood"
         return torch.cat(
             [
-                importance_log_likelihood(
-                    vae, preprocess(vae, batch, levels), num_samples, **flow_options
-                )
-                for batch in loader
+                importance_log_likelihood(vae, x, num_samples, **flow_options)
+                for x in in_batches(vae, images, levels, batch_size, device, progress)
             ]
         )

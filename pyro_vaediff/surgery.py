@@ -27,11 +27,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .data import batches
 from .diffusion import base_normal
-from .evaluation import evaluating, preprocess, value_elbo
+from .evaluation import evaluating, in_batches, value_elbo
 from .infer import Timestep_ELBO, elbo_terms
 from .log_likelihood import prior_log_prob
 from .priors import DiffusionPrior
@@ -128,10 +126,8 @@ def elbo_surgery(
     elbo = value_elbo() if elbo is None else elbo
     columns: list[tuple[Tensor, ...]] = []
     with evaluating(vae, seed) as device:
-        loader = batches(images, batch_size, shuffle=False, device=device)
-        length = math.ceil(len(images) / batch_size)
-        for batch in tqdm(loader, "ELBO surgery", length, leave=False, disable=not progress):
-            q_z0 = vae.encode(preprocess(vae, batch, levels))
+        for x in in_batches(vae, images, levels, batch_size, device, progress and "ELBO surgery"):
+            q_z0 = vae.encode(x)
             normals = base_normal(q_z0)
             if normals is None:
                 raise ValueError(
@@ -151,7 +147,7 @@ def elbo_surgery(
                     normals.loc.expand(shape).double(),
                     normals.scale.expand(shape).double(),
                     z_0.transpose(0, 1).double(),
-                    log_p.unflatten(0, (num_samples, len(batch))).mT.double(),
+                    log_p.unflatten(0, (num_samples, len(x))).mT.double(),
                 )
             )
     loc, scale, z_0, log_p = (torch.cat(parts) for parts in zip(*columns, strict=True))

@@ -113,14 +113,14 @@ class Trainer:
         r"""Puts the model where training starts, if that is not a random draw."""
         if init is not None:
             # A prior of another kind has other parameters, and starts afresh.
-            state = load_checkpoint(model_path(init))
+            state = load_run(init)
             prior = state["model_config"]["prior"]
             kept = {
                 name: value
                 for name, value in state["vae"].items()
                 if prior == self.model_config.prior or not name.startswith("prior.")
             }
-            groups = state["data"].get("groups")
+            groups = state["data"]["groups"]
             if groups != self.data.groups:
                 raise ValueError(
                     f"cannot start from {init}: it was trained on other splits, and may have seen "
@@ -237,11 +237,10 @@ class Trainer:
                 bar.set_postfix_str(describe(terms), refresh=False)
             bar.update()
         means = (total / self.steps_per_epoch).tolist()
-        record = {"train": sum(means[:-1]), "grad_norm": means[-1]}
-        if svi is self.prior_svi:  # without the reconstruction there is no sum
-            del record["train"]
-        record |= {f"train {name}": mean for name, mean in zip(terms, means, strict=False)}
-        return record
+        # Of the prior alone there is no reconstruction, hence no sum.
+        record = {} if svi is self.prior_svi else {"train": sum(means[:-1])}
+        record["grad_norm"] = means[-1]
+        return record | {f"train {name}": mean for name, mean in zip(terms, means, strict=False)}
 
     def check_finite(self, terms: dict[str, Tensor], total: list[float], step: int) -> None:
         r"""Raises a :class:`NonFiniteError` that names the terms which are not finite."""
@@ -366,10 +365,7 @@ class Trainer:
         """
         if self.out is None:
             raise ValueError("out must be a run directory to resume from, got None")
-        state = load_checkpoint(self.out / CHECKPOINT)
-        # What older checkpoints do not have.
-        state.get("data", {}).setdefault("groups", None)
-        state["model_config"].setdefault("denoiser", "mlp")
+        state = load_run(self.out / CHECKPOINT)
         for part, mine in self.settings().items():
             for name, saved in state.get(part, {}).items():
                 # More epochs continue a run, unless its learning rate depends on their number.
@@ -401,8 +397,8 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
     Returns:
         The VAE in eval mode, and its configuration.
     """
-    state = load_checkpoint(model_path(path))
-    config = ModelConfig(**{"denoiser": "mlp"} | state["model_config"])  # that of older checkpoints
+    state = load_run(path)
+    config = ModelConfig(**state["model_config"])
     precision = state["train_config"]["precision"]
     vae = make_vae(config).to(device, torch.float64 if precision == "float64" else torch.float32)
     vae.load_state_dict(state["vae"])
@@ -426,9 +422,9 @@ def load_data(
     Raises:
         ValueError: If ``groups`` is not the run's own, which would give other splits.
     """
-    state = load_checkpoint(model_path(path))
+    state = load_run(path)
     channels, size, _ = state["model_config"]["image_shape"]
-    name, listed = state["data"]["dataset"], state["data"].get("groups")
+    name, listed = state["data"]["dataset"], state["data"]["groups"]
     given = None if groups is None else list_name(groups)
     if given != listed:
         raise ValueError(
@@ -437,6 +433,14 @@ def load_data(
         )
     options = {"image_size": size, "channels": channels, "groups": groups}
     return load(name, root, download=download, **options)
+
+
+def load_run(path: str | Path) -> dict[str, Any]:
+    r"""Loads a checkpoint of a run, with what older ones do not have."""
+    state = load_checkpoint(model_path(path))
+    state.setdefault("data", {}).setdefault("groups", None)
+    state.setdefault("model_config", {}).setdefault("denoiser", "mlp")
+    return state
 
 
 def model_path(path: str | Path) -> Path:
