@@ -39,6 +39,8 @@ nb_execution_timeout = 600
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars, and that they lack widgets
+nb_mime_priority_overrides = [("html", "image/gif", 5)]  # animations
+nb_code_prompt_show, nb_code_prompt_hide = "Show the {type}", "Hide the {type}"
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -62,6 +64,8 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = f"pyro_vaediff {version}"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#00629d", "color-brand-content": "#00629d"},
     "dark_css_variables": {"color-brand-primary": "#6ab7e8", "color-brand-content": "#6ab7e8"},
