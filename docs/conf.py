@@ -41,7 +41,7 @@ nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars, and that they lack widgets
 nb_mime_priority_overrides = [("html", "image/gif", 5)]  # animations
 nb_code_prompt_show, nb_code_prompt_hide = "Show the {type}", "Hide the {type}"
-myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # Docstrings write code as `code` and equations as :math:`equations`.
