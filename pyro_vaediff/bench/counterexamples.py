@@ -18,11 +18,12 @@ __all__ = ["NoisyIWAE", "log_mean_exp_bias", "mean_field_bias"]
 class NoisyIWAE(Timestep_ELBO):
     r"""The log-mean-exp of noisy estimates of :math:`\log p(x, z) - \log q(z | x)`.
 
-    .. math:: -\log \frac{1}{K} \sum_{k=1}^K \exp \hat{w}_k, \qquad E[\hat{w}_k | z^k] = \log
-        \frac{p(x, z^k)}{q(z^k | x)}
+    .. math:: -\log \frac{1}{K} \sum_{k=1}^K \exp \hat{w}_k, \qquad E[\hat{w}_k] = \mathrm{ELBO}
 
-    It looks like the loss of an importance-weighted autoencoder, but :math:`E[\exp \hat w] > p(x)`:
-    it is **no bound** on :math:`\log p(x)`. The number of particles is :math:`K`.
+    It looks like the loss of an importance-weighted autoencoder. But only the exponential of the
+    log-weight itself has the expectation :math:`p(x)`. That of an estimate of it may have a larger
+    one, and the noisier the estimate, the larger: it is **no bound** on :math:`\log p(x)`. The
+    number of particles is :math:`K`.
     """
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
