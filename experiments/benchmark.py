@@ -33,6 +33,7 @@ import copy
 import datetime
 import platform
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -43,9 +44,10 @@ import torch
 from by_hand import ByHand, check_equal
 from torch import Tensor, nn
 
+from pyro_vaediff.arguments import folder
 from pyro_vaediff.bench.cost import milliseconds
 from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import write_atomically, write_csv
+from pyro_vaediff.checkpoint import check_folder, write_atomically, write_csv
 from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.svi import SVI, TorchOptim, per_datum
@@ -169,8 +171,12 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{name!r} is no device: use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not supported: use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("no CUDA device is available")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"{name!r} is not there: there are {count} CUDA devices")
     return device
 
 
@@ -202,10 +208,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=60, help="steps per median (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small networks, few repeats")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="(%(default)s)")
+    parser.add_argument("--out", type=folder, default=Path("runs/benchmark"), help="(%(default)s)")
     args = parser.parse_args(argv)
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    check_folder("--out", args.out)
 
     # Checks of arguments are for tests and for learning, not for long runs.
     pyro.enable_validation(False)
@@ -231,4 +238,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).partition(chr(10))[0]}")

@@ -15,6 +15,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vaediff.arguments import check_whole
 from pyro_vaediff.infer import Importance, Timestep_ELBO, Timesteps
 from pyro_vaediff.nn import bounded_scale
 from pyro_vaediff.svi import per_datum
@@ -22,9 +23,26 @@ from pyro_vaediff.vae import VAE
 
 
 class ByHand:
-    r"""The loss of ``Timestep_ELBO(k=k)`` in nats per datum."""
+    r"""The loss of ``Timestep_ELBO(k=k)`` in nats per datum.
+
+    Raises:
+        ValueError: If the VAE or ``k`` is none that this loss is written for.
+    """
 
     def __init__(self, vae: VAE, k: int = 8):
+        if getattr(vae.prior, "reverse_variance", None) != "beta" or vae.prior.num_timesteps < 2:
+            raise ValueError(
+                "vae must have a diffusion prior with reverse_variance='beta' and num_timesteps >= "
+                f"2, got {type(vae.prior).__name__}"
+            )
+        if not hasattr(vae.decoder.likelihood, "raw_sigma"):
+            raise ValueError(
+                "vae must have a Gaussian likelihood with a shared sigma, got "
+                f"{vae.decoder.likelihood}"
+            )
+        check_whole("k", k, least=2, why=" and even")
+        if k % 2:
+            raise ValueError(f"k must be even, as timesteps come in pairs, got {k}")
         self.vae, self.k, prior = vae, k, vae.prior
         like = next(vae.parameters())
         beta = prior.schedule.original("betas")

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import shlex
 import sys
 import warnings
@@ -46,6 +47,7 @@ from benchmark import parse_device, provenance
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vaediff.arguments import check_seed, folder
 from pyro_vaediff.bench import (
     BASELINE,
     ENTRIES,
@@ -66,7 +68,7 @@ from pyro_vaediff.bench import (
     write_page,
     write_pictures,
 )
-from pyro_vaediff.checkpoint import load_checkpoint, write_csv
+from pyro_vaediff.checkpoint import check_folder, load_checkpoint, write_csv
 from pyro_vaediff.evaluation import preprocess
 from pyro_vaediff.infer import Importance, Uniform
 from pyro_vaediff.priors import DiffusionPrior
@@ -90,7 +92,8 @@ CONVERGENCE = (
 def moments_of(run: Path, device: torch.device) -> dict[str, VAE]:
     r"""Returns the models that a run has kept, by the moment of training."""
     best = run / BEST if run.is_dir() else run
-    paths = sorted(best.parent.glob("epoch-*.pt"), key=lambda path: int(path.stem[6:]))
+    paths = [p for p in best.parent.glob("epoch-*.pt") if p.stem[6:].isdecimal()]
+    paths = sorted(paths, key=lambda path: int(path.stem[6:]))
     moments = {f"epoch {path.stem[6:]}": path for path in paths} if run.is_dir() else {}
     epoch = load_checkpoint(best).get("best_epoch")
     moments.pop(f"epoch {epoch}", None)
@@ -214,7 +217,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few draws of small batches")
     parser.add_argument("--title", help="of the page (oracle, or the name of the run)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--out", type=Path, help="(runs/estimators-NAME)")
+    parser.add_argument("--out", type=folder, help="(runs/estimators-NAME)")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
 
@@ -236,6 +239,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             parser.error(f"--{option} must be at least {least}, got {getattr(args, name)}")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds must be positive and finite, got {args.seconds}")
     name = "oracle" if oracle else args.checkpoint.resolve().name
     args.out = args.out or Path("runs") / f"estimators-{name}"
     args.title = args.title or name
@@ -244,8 +249,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: choose a folder")
+    check_folder("--out", args.out)
+    check_seed(args.seed, "--seed")
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
     warnings.filterwarnings("ignore", "Failed to verify mean field restriction")

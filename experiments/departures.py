@@ -45,26 +45,13 @@ from departures_page import plot_departures, plot_priors, write_tables
 from departures_runs import RUNS, measure
 from run import DEFAULTS
 from tqdm import tqdm
+from train_estimators import check_settings
 
 from pyro_vaediff.arguments import check_seed, folder
-from pyro_vaediff.checkpoint import check_folder, read_json, write_json
+from pyro_vaediff.checkpoint import check_folder, write_json
 from pyro_vaediff.data import DATASETS, load
 
-FIXED = ("seeds", "runs", "root", "no_download", "quiet", "out", "argv")
-
-
-def check_settings(args: argparse.Namespace) -> None:
-    r"""Raises a ``ValueError`` if the folder has runs with other settings, which it remembers."""
-    path = args.out / "settings.json"
-    settings = {name: str(v) for name, v in vars(args).items() if name not in FIXED}
-    if not path.exists():
-        write_json(path, settings)
-    for name, value in read_json(path).items():
-        if settings.get(name) != value:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {settings.get(name)}, but the runs in {args.out} "
-                f"have {value}: choose another --out"
-            )
+FREE = ("seeds", "runs", "root", "no_download", "quiet", "out", "argv")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
     data = load(args.dataset, args.root, download=not args.no_download, limit=args.limit)
-    check_settings(args)
+    check_settings(args, FREE)
     # Seed by seed, such that a measurement that is stopped has all runs of some seeds.
     runs = [(seed, name) for seed in args.seeds for name in RUNS if name in args.runs]
     for seed, name in tqdm(runs, "runs", disable=args.quiet):

@@ -18,7 +18,6 @@ them. A run that has been evaluated with the same options is left as it is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -28,7 +27,8 @@ from typing import Any
 import torch
 from benchmark import parse_device
 
-from pyro_vaediff.checkpoint import write_json
+from pyro_vaediff.arguments import check_seed
+from pyro_vaediff.checkpoint import read_json, write_json
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.evaluation import evaluate
 from pyro_vaediff.log_likelihood import log_likelihood
@@ -74,6 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{option} must be at least 1, got {getattr(args, name)}")
     if args.surgery_images < 2:
         raise ValueError(f"--surgery-images must be at least 2, got {args.surgery_images}")
+    check_seed(args.seed, "--seed")
     return args
 
 
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         if not path.is_dir():
             raise FileNotFoundError(f"no run directory at {path}")
         file = path / EVALUATION
-        results = json.loads(file.read_text()) if file.exists() else {}
+        results = read_json(file) if file.exists() else {}
         if results.get("options") != options:
             results = evaluate_run(path, args) | {"options": options}
             write_json(file, results)

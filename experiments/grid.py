@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import run
 
+from pyro_vaediff.checkpoint import read_json
 from pyro_vaediff.data import DATASETS
 from pyro_vaediff.priors import PRIORS
 
@@ -96,9 +96,9 @@ class Cell:
 
     def results(self, out: Path) -> dict[str, Any]:
         r"""Returns the results, and those of ``evaluate.py`` if there are any."""
-        results = json.loads((self.folder(out) / RESULTS).read_text())
+        results = read_json(self.folder(out) / RESULTS)
         with contextlib.suppress(FileNotFoundError):
-            more = json.loads((self.folder(out) / EVALUATION).read_text())
+            more = read_json(self.folder(out) / EVALUATION)
             results |= {name: more[name] for name in more if name not in ("options", "seconds")}
         return results
 
@@ -254,8 +254,12 @@ def read_tables(content: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError(f"{key}.{name} must be a table, [{key}.{name}], got {table!r}")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise ValueError(f"[{key}.{name}]: a name has letters, digits and . _ - only")
+        # They are parts of paths, and must not lead out of the folder.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"[{key}.{name}]: a name has letters, digits and . _ - only, and starts with one "
+                "of the former or _"
+            )
     return {name: dict(table) for name, table in tables.items()}
 
 
@@ -269,6 +273,9 @@ def read_options(where: str, options: Any) -> dict[str, Any]:
             raise ValueError(f"{where} has {name!r}, which is an option or a list of the grid")
         check_names(where, [name], known)
         parts = value if isinstance(value, list) else [value]
+        # It is a word of a command line, where it would be another option.
+        if dashed := [part for part in parts if isinstance(part, str) and part.startswith("-")]:
+            raise ValueError(f"{where}: {name} must not start with a dash, got {dashed[0]!r}")
         if not all(isinstance(part, bool | int | float | str) for part in parts):
             raise ValueError(
                 f"{where}: {name} must be a number, a text, true, false or a list, got {value!r}"

@@ -3,7 +3,6 @@ r"""What the cells of a grid found: tables and pictures; see the docstring of ``
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from grid import Cell, Preset
 from run import parse_args
 from torch import Tensor
 
-from pyro_vaediff.checkpoint import write_atomically, write_csv
+from pyro_vaediff.checkpoint import read_json, write_atomically, write_csv
 from pyro_vaediff.data import ImageData, load
 from pyro_vaediff.evaluation import preprocess
 from pyro_vaediff.plotting import save_panels
@@ -66,7 +65,7 @@ def write_tables(preset: Preset, out: Path) -> str:
 def caption(preset: Preset, records: list[dict[str, Any]], out: Path) -> str:
     r"""Returns where the numbers come from, in sentences."""
     results = [cell.folder(out) / "results.json" for cell in preset.cells if cell.is_finished(out)]
-    configs = [json.loads(path.with_name("config.json").read_text()) for path in results]
+    configs = [read_json(path.with_name("config.json")) for path in results]
     torches, devices = (
         " and ".join(sorted({str(config[key]) for config in configs}))
         for key in ("torch", "device")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shlex
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from grid import Cell
 from tqdm import tqdm
 
-from pyro_vaediff.checkpoint import write_json
+from pyro_vaediff.checkpoint import read_json, write_json
 from pyro_vaediff.training import CHECKPOINT, METRICS
 
 __all__ = ["Runner", "check_settings", "command"]
@@ -42,7 +41,7 @@ def check_settings(cell: Cell, out: Path) -> None:
         return
     if not (path / SETTINGS).exists():
         raise ValueError(f"{path} holds a run that is not of a table: choose another --out")
-    old, new = json.loads((path / SETTINGS).read_text()), cell.settings
+    old, new = read_json(path / SETTINGS), cell.settings
     differences = [
         f"{name}={new.get(name)!r} in place of {old.get(name)!r}"
         for name in {**old, **new}

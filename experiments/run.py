@@ -21,11 +21,17 @@ The run directory (``--out``) then holds
     history.png, terms.png  the losses by epoch, and the terms of the ELBO as a stack
 
 A run that was stopped continues with ``--resume``, as if it had never stopped.
+
+    torchrun --nproc-per-node 2 experiments/run.py --prior diffusion
+
+trains in two processes, each of which computes its share of every batch, on a GPU of its own if
+there are GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -34,7 +40,9 @@ from pathlib import Path
 import pyro
 import torch
 
-from pyro_vaediff.checkpoint import write_json
+from pyro_vaediff import distributed
+from pyro_vaediff.arguments import check_whole, folder
+from pyro_vaediff.checkpoint import check_folder, write_json
 from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import DATASETS, load
 from pyro_vaediff.evaluation import value_elbo
@@ -159,7 +167,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="RUN",
         help="start from the encoder and decoder of this run, and from its prior if of one kind",
     )
-    training.add_argument("--batch-size", type=int, default=100, help="(%(default)s)")
+    training.add_argument(
+        "--batch-size", type=int, default=100, help="of all processes together (%(default)s)"
+    )
     training.add_argument("--lr", type=float, help="learning rate of Adam")
     training.add_argument("--prior-lr", type=float, help="that of the prior, if another one")
     training.add_argument(
@@ -182,7 +192,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="bf16: autocast of the convolutions (%(default)s)",
     )
     training.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    training.add_argument("--out", type=Path, help="run directory (runs/DATASET-PRIOR-sSEED)")
+    training.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers whenever the run is repeated, also on a GPU (slower)",
+    )
+    training.add_argument("--out", type=folder, help="run directory (runs/DATASET-PRIOR-sSEED)")
     training.add_argument(
         "--snapshots",
         type=int,
@@ -226,7 +241,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available, use --device cpu or auto")
+    # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def make_deterministic() -> None:
+    r"""Lets torch choose algorithms that always return the same numbers, on a GPU as well."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def choose_extractor(args: argparse.Namespace, device: torch.device):
@@ -246,25 +270,34 @@ def choose_extractor(args: argparse.Namespace, device: torch.device):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = choose_device(args.device)
+    if args.deterministic:
+        make_deterministic()
+    with distributed.process_group(choose_device(args.device)) as device:
+        run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    r"""Trains, and evaluates and shows in the main process, which alone prints and writes."""
+    main_process = distributed.is_main()
     pyro.enable_validation(args.validate)  # a fifth of the time or more
     torch.distributions.Distribution.set_default_validate_args(args.validate)
 
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: choose a folder")
-    if not args.resume and (args.out / CHECKPOINT).exists():
+    check_folder("--out", args.out)
+    check_whole("--test-k", args.test_k, least=0)
+    if main_process and not args.resume and (args.out / CHECKPOINT).exists():
         raise ValueError(
             f"--out {args.out} holds a run already: continue it with --resume, or choose another"
         )
-    data = load(
-        args.dataset,
-        args.root,
-        image_size=args.image_size,
-        download=not args.no_download,
-        limit=args.limit,
-        groups=args.groups,
-    )
-    extractor = choose_extractor(args, device)
+    with distributed.in_turns():
+        data = load(
+            args.dataset,
+            args.root,
+            image_size=args.image_size,
+            download=not args.no_download,
+            limit=args.limit,
+            groups=args.groups,
+        )
+    extractor = choose_extractor(args, device) if main_process else None
     if extractor is not None and min(args.num_images, len(data.test)) < 2:
         raise ValueError(
             f"a Fréchet distance needs at least 2 images, got --num-images {args.num_images} and "
@@ -292,19 +325,23 @@ def main(argv: list[str] | None = None) -> None:
 
     config = asdict(model_config) | asdict(train_config) | {"estimator": args.estimator} | options
     config |= {"dataset": args.dataset, "groups": data.groups}
-    config |= {"device": str(device), "torch": torch.__version__}
-    write_json(args.out / "config.json", config)
+    config |= {"device": str(device), "processes": distributed.size()}
+    config |= {"deterministic": args.deterministic, "torch": torch.__version__}
     counts = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in trainer.vae.named_children()
     }
-    print(", ".join(f"{name} {value}" for name, value in config.items()))
-    print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if main_process:
+        write_json(args.out / "config.json", config)
+        print(", ".join(f"{name} {value}" for name, value in config.items()))
+        print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
     test_elbo = value_elbo(args.test_k) if args.test_k else None
     start = time.perf_counter()
     vae = trainer.fit(progress=not args.quiet)
     seconds = time.perf_counter() - start
+    if not main_process:
+        return
     lines = report(
         vae,
         data,
@@ -324,7 +361,8 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, NonFiniteError) as error:
+        process = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
         # Pyro appends the shapes of the trace to an error that is raised inside a program.
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
+        sys.exit(f"error: {process}{str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
         sys.exit("interrupted: continue with --resume")

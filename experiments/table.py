@@ -61,13 +61,16 @@ from grid_page import save_pictures, write_tables
 from grid_runs import Runner, check_settings, command
 from run import choose_device
 
+from pyro_vaediff.arguments import folder
+from pyro_vaediff.checkpoint import check_folder
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", help="a name in experiments/presets, or a path of a .toml file")
-    parser.add_argument("--out", type=Path, help="the folder of the grid (runs/table-PRESET)")
+    parser.add_argument("--out", type=folder, help="the folder of the grid (runs/table-PRESET)")
     for name, what in (("root", "PATH"), ("groups", "FILE")):
         parser.add_argument(
             f"--{name}",
@@ -102,8 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: choose a folder")
+    check_folder("--out", args.out)
     choose_device(args.device)
     paths = {"root": args.root, "groups": args.groups}
     paths |= {"fid-weights": args.fid_weights} if args.fid_weights else {}

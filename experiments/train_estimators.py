@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import re
 import shlex
@@ -49,9 +48,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+from pyro_vaediff.arguments import check_seed, folder
 from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, training_step
 from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import write_atomically, write_csv, write_json
+from pyro_vaediff.checkpoint import (
+    check_folder,
+    read_json,
+    write_atomically,
+    write_csv,
+    write_json,
+)
 from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.data import DATASETS, ImageData, batches, load
 from pyro_vaediff.evaluation import evaluate, preprocess, value_elbo
@@ -62,6 +68,8 @@ from pyro_vaediff.training import load_data, load_vae
 from pyro_vaediff.vae import VAE
 
 Curve = list[dict[str, float]]
+CURVE = ("seconds", "steps", "loss")
+FREE = ("seeds", "estimators", "root", "no_download", "quiet", "out", "title", "argv")
 
 
 def measure_times(
@@ -124,18 +132,38 @@ def curve_path(out: Path, name: str, seed: int) -> Path:
 
 
 def read_curve(path: Path) -> Curve:
-    with open(path) as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    curve = [{key: number(path, row, key) for key in CURVE} for row in read_rows(path)]
+    if not curve:
+        raise ValueError(f"{path} is damaged, mend or remove it: it has no rows")
+    return curve
 
 
-def check_settings(args: argparse.Namespace) -> None:
-    r"""Raises a ``ValueError`` if the folder has runs with other settings, which it remembers."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number(path: Path, row: dict[str, str], key: str) -> float:
+    try:
+        return float(row[key])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, mend or remove it: {row.get(key)!r} is no number of {key!r}"
+        ) from error
+
+
+def check_settings(args: argparse.Namespace, free: tuple[str, ...]) -> None:
+    r"""Raises a ``ValueError`` if the folder has runs with other settings, which it remembers.
+
+    Arguments:
+        args: The settings.
+        free: The names of those that runs in one folder may differ in.
+    """
     path = args.out / "settings.json"
-    fixed = ("seeds", "estimators", "root", "no_download", "quiet", "out", "title", "argv")
-    settings = {name: str(v) for name, v in vars(args).items() if name not in fixed}
+    settings = {name: str(v) for name, v in vars(args).items() if name not in free}
     if not path.exists():
         write_json(path, settings)
-    for name, value in json.loads(path.read_text()).items():
+    for name, value in read_json(path).items():
         if settings.get(name) != value:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {settings.get(name)}, but the runs in {args.out} "
@@ -194,7 +222,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", type=parse_device, default="cpu", help="(%(default)s)")
     parser.add_argument("--title", help="of the page (the name of the data set or run)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--out", type=Path, help="(runs/training-DATASET)")
+    parser.add_argument("--out", type=folder, help="(runs/training-DATASET)")
     args = parser.parse_args(argv)
     for name in ("seconds", "points", "num_test", "batch_size", "lr", "clip_norm", "repeats"):
         if not 0 < (value := getattr(args, name)) < math.inf:
@@ -210,8 +238,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: choose a folder")
+    check_folder("--out", args.out)
+    for seed in args.seeds:
+        check_seed(seed, "each of --seeds")
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
     if args.start is None:
@@ -238,15 +267,14 @@ def main(argv: list[str] | None = None) -> None:
     if not path.exists():
         times = measure_times([ENTRIES[name] for name in args.estimators], make, data, args)
         write_csv(path, [{"estimator": name, "ms": round(ms, 3)} for name, ms in times.items()])
-    with open(path) as file:
-        times = {row["estimator"]: float(row["ms"]) for row in csv.DictReader(file)}
+    times = {row.get("estimator"): number(path, row, "ms") for row in read_rows(path)}
     if missing := [name for name in args.estimators if name not in times]:
         raise ValueError(f"{path} lacks {missing[0]!r}: choose another --out, or remove the file")
     if not args.seeds:
         print(f"measured the time of a step: {path}")
         return
 
-    check_settings(args)
+    check_settings(args, FREE)
     curves: dict[str, dict[int, Curve]] = {name: {} for name in args.estimators}
     # Seed by seed, such that a comparison that is stopped has all estimators of some seeds.
     runs = [(seed, name) for seed in args.seeds for name in args.estimators]

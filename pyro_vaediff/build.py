@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from torch import nn
 
+from .arguments import check_choice
 from .config import ModelConfig
 from .likelihoods import make_likelihood
 from .nn import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
-from .nn.denoiser import make_denoiser
+from .nn.denoiser import DENOISERS, make_denoiser
 from .priors import PRIORS, DiffusionPrior, FlowPrior, MixturePrior, Prior, VampPrior
-from .schedules import make_schedule
+from .priors.diffusion import PARAMETERIZATIONS, REVERSE_VARIANCES
+from .schedules import SCHEDULES, make_schedule
 from .vae import VAE
 
 __all__ = ["make_prior", "make_vae"]
+
+CHOICES = {
+    "prior": PRIORS,
+    "denoiser": DENOISERS,
+    "schedule": SCHEDULES,
+    "parameterization": PARAMETERIZATIONS,
+    "reverse_variance": REVERSE_VARIANCES,
+}
 
 
 def make_prior(config: ModelConfig, encoder: nn.Module | None = None) -> Prior:
@@ -23,8 +33,9 @@ def make_prior(config: ModelConfig, encoder: nn.Module | None = None) -> Prior:
         encoder: The encoder of the VAE, which only a VampPrior needs.
     """
     D = config.latent_dim
-    if config.prior not in PRIORS:
-        raise ValueError(f"unknown prior {config.prior!r}: choose one of {', '.join(PRIORS)}")
+    # Also the names that this prior has no use for: a mistake in one is a mistake all the same.
+    for name, choices in CHOICES.items():
+        check_choice(name, getattr(config, name), choices)
     if config.prior == "mixture":
         return MixturePrior(D, config.num_components)
     if config.prior == "vamp":
@@ -52,14 +63,13 @@ def make_prior(config: ModelConfig, encoder: nn.Module | None = None) -> Prior:
 
 def make_vae(config: ModelConfig) -> VAE:
     r"""Returns the VAE of a configuration, freshly initialized."""
+    check_choice("networks", config.networks, ("default", "paper"))
     image_shape = tuple(config.image_shape)
     likelihood = make_likelihood(config.likelihood, image_shape, config.levels)
     if config.networks == "paper":
         encoder = paper_encoder(image_shape, config.latent_dim)
         decoder = paper_decoder(config.latent_dim, likelihood)
-    elif config.networks == "default":
+    else:
         encoder = ConvEncoder(image_shape, config.latent_dim, config.width)
         decoder = ConvDecoder(config.latent_dim, likelihood, config.width)
-    else:
-        raise ValueError(f"unknown networks {config.networks!r}: choose one of default, paper")
     return VAE(encoder, decoder, make_prior(config, encoder))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+
+from .arguments import check_choice, check_seed, check_whole
 
 __all__ = ["ModelConfig", "TrainConfig"]
 
@@ -46,6 +49,17 @@ class ModelConfig:
     schedule: str = "linear"
     parameterization: str = "eps"
     reverse_variance: str = "beta"
+
+    def __post_init__(self) -> None:
+        # All of them, also those that this prior has no use for. Names are checked where they are
+        # looked up, by `pyro_vaediff.build`.
+        for name in ("latent_dim", "width", "num_components", "prior_width", "num_timesteps"):
+            if name != "prior_width" or self.prior_width is not None:
+                check_whole(name, getattr(self, name))
+        if len(self.image_shape) != 3:
+            raise ValueError(f"image_shape must be (C, H, W), got {tuple(self.image_shape)}")
+        for size in self.image_shape:
+            check_whole("each number in image_shape", size)
 
 
 @dataclass(frozen=True)
@@ -89,26 +103,19 @@ class TrainConfig:
             value = getattr(self, name)
             if name == "epochs" and value == 0 < self.prior_epochs:
                 continue
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("gaussian_epochs", "prior_epochs", "warmup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        for name in ("epochs", "gaussian_epochs", "prior_epochs", "batch_size", "warmup"):
+            check_whole(name, getattr(self, name), least=0)
         if self.gaussian_epochs > self.epochs:
             raise ValueError(
                 f"gaussian_epochs must be at most epochs={self.epochs}, got {self.gaussian_epochs}"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        for name, choices in (
-            ("lr_schedule", ("constant", "cosine")),
-            ("precision", ("float32", "float64", "bf16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}"
-                )
+        check_seed(self.seed)
+        clip = self.clip_norm
+        if clip is not None and not (isinstance(clip, Real) and clip > 0):
+            raise ValueError(f"clip_norm must be positive, got {clip!r}")
+        if not (isinstance(self.ema, Real) and 0 <= self.ema < 1):
+            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine"))
+        check_choice("precision", self.precision, ("float32", "float64", "bf16"))

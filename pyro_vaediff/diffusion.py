@@ -30,7 +30,15 @@ from torch import Tensor
 
 from .schedules import Schedule
 
-__all__ = ["at_time", "base_normal", "gaussian_moments", "q_marginal", "q_reverse", "q_step"]
+__all__ = [
+    "at_time",
+    "base_normal",
+    "gaussian_moments",
+    "kl_normal",
+    "q_marginal",
+    "q_reverse",
+    "q_step",
+]
 
 Start: TypeAlias = "Tensor | dist.TorchDistribution"
 
@@ -44,7 +52,13 @@ def at_time(table: Tensor, t: int | Tensor) -> Tensor:
 
     Returns:
         The entries, with shape :math:`(*, 1)`.
+
+    Raises:
+        ValueError: If an integer is not in the table. The entries of a tensor are not looked at
+            on a GPU, which would have to be waited for.
     """
+    if isinstance(t, int) and not 0 <= t < len(table):
+        raise ValueError(f"t must be from 0 to T = {len(table) - 1}, got {t}")
     return table[t].unsqueeze(-1)
 
 
@@ -85,6 +99,25 @@ def base_normal(fn: torch.distributions.Distribution) -> torch.distributions.Nor
     """
     base = unwrap(fn)
     return base if isinstance(base, torch.distributions.Normal) else None
+
+
+def kl_normal(q: torch.distributions.Normal, p: torch.distributions.Normal) -> Tensor:
+    r"""Returns :math:`\mathrm{KL}(q \,\|\, p)` of univariate normals.
+
+    .. math:: \frac{1}{2} \left( \frac{m_q - m_p}{s_p} \right)^2 + \frac{(r - 1)^2}{2} + (r - 1) -
+        \log r, \qquad r = \frac{s_q}{s_p}
+
+    The variances of a diffusion chain differ little. Here the rounding of :math:`r` has an effect
+    of second order, while in :math:`r^2 - 1 - \log r^2` it would be all that is left in float32.
+
+    Arguments:
+        q: The first normals.
+        p: The second ones, whose parameters broadcast with theirs.
+    """
+    r = q.scale / p.scale
+    excess = r - 1
+    squares = ((q.loc - p.loc) / p.scale).square() + excess.square()
+    return squares / 2 + (excess - r.log())
 
 
 def unwrap(fn: torch.distributions.Distribution) -> torch.distributions.Distribution:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .arguments import check_seed
 from .data import batches
 from .infer import Timestep_ELBO
+from .likelihoods import check_range
 from .svi import differentiable_terms
 from .vae import VAE
 
@@ -71,8 +73,14 @@ def evaluate(
 
     Returns:
         The terms by name; their sum is the negative ELBO.
+
+    Raises:
+        ValueError: If the images are not what the likelihood is for, or there are none, or another
+            argument is out of range.
     """
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
+    if not isinstance(elbo, pyro.infer.ELBO):
+        raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
     totals: dict[str, Tensor] = {}
     with evaluating(vae, seed) as device:
         for x in in_batches(vae, images, levels, batch_size, device, progress and "evaluation"):
@@ -99,6 +107,8 @@ def in_batches(
         device: Where they go.
         progress: The label of a progress bar, or ``False`` for none.
     """
+    if levels != 256:  # every uint8 is below 256
+        check_range(images, levels)
     loader = batches(images, batch_size, shuffle=False, device=device)
     length = math.ceil(len(images) / batch_size)
     for batch in tqdm(loader, progress or None, length, leave=False, disable=not progress):
@@ -111,6 +121,7 @@ def evaluating(vae: VAE, seed: int) -> Iterator[torch.device]:
 
     It yields the device of the VAE.
     """
+    check_seed(seed)
     device, training = next(vae.parameters()).device, vae.training
     vae.eval()
     try:

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .arguments import check_whole
 from .evaluation import evaluating, in_batches
 from .priors import DiffusionPrior, Prior
 from .probability_flow import ProbabilityFlow
@@ -90,8 +91,7 @@ def importance_log_likelihood(vae: VAE, x: Tensor, num_samples: int = 64, **flow
         | Importance Weighted Autoencoders (Burda et al., 2016)
         | https://arxiv.org/abs/1509.00519
     """
-    if int(num_samples) != num_samples or num_samples < 1:
-        raise ValueError(f"num_samples must be a whole number >= 1, got {num_samples}")
+    check_whole("num_samples", num_samples)
     q_z0, total = vae.encode(x), None
     for _ in range(num_samples):
         z_0 = q_z0()  # as a sample site draws it

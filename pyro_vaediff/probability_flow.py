@@ -31,6 +31,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
+from .arguments import check_whole
 from .priors import DiffusionPrior
 
 __all__ = ["ProbabilityFlow"]
@@ -91,10 +92,10 @@ class ProbabilityFlow(dist.TorchDistribution):
             )
         T = prior.num_timesteps
         num_steps = min(T, 50) if num_steps is None else num_steps
-        if int(num_steps) != num_steps or not 1 <= num_steps <= T:
+        if num_steps not in range(1, T + 1):
             raise ValueError(f"num_steps must be a whole number from 1 to T = {T}, got {num_steps}")
-        if int(chunk_size) != chunk_size or chunk_size < 1:
-            raise ValueError(f"chunk_size must be a whole number >= 1, got {chunk_size}")
+        check_whole("chunk_size", chunk_size)
+        prior.check_signal()
         self.prior = prior
         #: The times :math:`0 = t_0 < \dots < t_n = T`.
         self.times = [max(i, round(T * (i / num_steps) ** 1.5)) for i in range(num_steps + 1)]

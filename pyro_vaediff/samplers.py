@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .arguments import check_whole
 from .diffusion import at_time
 from .priors import DiffusionPrior, Prior
 from .vae import VAE
@@ -83,7 +84,7 @@ def ddim(prior: DiffusionPrior, num_samples: int, num_steps: int = 50, eta: floa
     check_diffusion(prior)
     check_num_samples(num_samples)
     T = prior.num_timesteps
-    if not 1 <= num_steps <= T:
+    if num_steps not in range(1, T + 1):
         raise ValueError(f"num_steps must be between 1 and T = {T}, got {num_steps}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
@@ -130,6 +131,8 @@ def interpolate(vae: VAE, x: Tensor, y: Tensor, num_frames: int = 8) -> Tensor:
         The images, with shape :math:`(F, B, C, H, W)`.
     """
     check_num_frames(num_frames)
+    if x.shape != y.shape:
+        raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
     start, end = vae.encode(x).mean, vae.encode(y).mean
     weights = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
     return vae.decode(torch.lerp(start, end, weights[:, None, None])).mean
@@ -141,10 +144,8 @@ def check_diffusion(prior: Prior) -> None:
 
 
 def check_num_samples(num_samples: int) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    check_whole("num_samples", num_samples)
 
 
 def check_num_frames(num_frames: int) -> None:
-    if num_frames < 2:
-        raise ValueError(f"num_frames must be at least 2, got {num_frames}")
+    check_whole("num_frames", num_frames, least=2)

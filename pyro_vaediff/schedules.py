@@ -22,6 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_choice, check_whole
+
 __all__ = ["CosineSchedule", "LinearSchedule", "Schedule", "Tables", "make_schedule"]
 
 
@@ -61,7 +63,8 @@ class Schedule(Tables):
             :math:`(T,)`.
 
     Raises:
-        ValueError: If ``betas`` is empty, not one-dimensional, or leaves :math:`(0, 1)`.
+        ValueError: If ``betas`` is empty, not one-dimensional, leaves :math:`(0, 1)`, or has a
+            variance below 1e-15.
 
     Example:
         >>> schedule = Schedule(torch.tensor([0.1, 0.5]))
@@ -74,15 +77,22 @@ class Schedule(Tables):
     betas: Tensor  #: :math:`\beta_t`, with :math:`\beta_0 = 0`.
     alphas: Tensor  #: :math:`\alpha_t = 1 - \beta_t`.
     alphas_cumprod: Tensor  #: :math:`\bar\alpha_t`, with :math:`\bar\alpha_0 = 1`.
+    log_alphas_cumprod: Tensor  #: :math:`\log \bar\alpha_t`, also where it underflows.
     one_minus_alphas_cumprod: Tensor  #: :math:`1 - \bar\alpha_t`, free of cancellation.
     betas_tilde: Tensor  #: :math:`\tilde\beta_t`, the variance of :math:`q(z_{t-1}|z_t, z_0)`.
 
     def __init__(self, betas: Tensor):
-        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+        try:
+            betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"betas must be numbers, got {betas!r}") from error
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must lie in (0, 1): a step neither keeps nor erases all")
+        # With less, 1 - beta is rounded to 1, and gradients of densities overflow in float32.
+        if betas.min() < 1e-15:
+            raise ValueError(f"betas must be at least 1e-15, got {betas.min():g}: use fewer steps")
 
         betas = torch.cat([betas.new_zeros(1), betas])
         log_alphas_cumprod = torch.log1p(-betas).cumsum(0)
@@ -94,6 +104,7 @@ class Schedule(Tables):
                 "betas": betas,
                 "alphas": 1 - betas,
                 "alphas_cumprod": log_alphas_cumprod.exp(),
+                "log_alphas_cumprod": log_alphas_cumprod,
                 "one_minus_alphas_cumprod": one_minus,
                 # 0 / 0 at t = 0, where the posterior does not exist
                 "betas_tilde": torch.cat([betas[:1], (betas * previous / one_minus)[1:]]),
@@ -131,7 +142,7 @@ class LinearSchedule(Schedule):
     """
 
     def __init__(self, num_timesteps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02):
-        check_num_timesteps(num_timesteps)
+        check_whole("num_timesteps", num_timesteps)
         if not 0 < beta_min <= beta_max < 1:
             raise ValueError(f"expected 0 < beta_min <= beta_max < 1, got {beta_min}, {beta_max}")
 
@@ -164,7 +175,7 @@ class CosineSchedule(Schedule):
     """
 
     def __init__(self, num_timesteps: int = 1000, offset: float = 0.008, beta_max: float = 0.999):
-        check_num_timesteps(num_timesteps)
+        check_whole("num_timesteps", num_timesteps)
         times = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
         f = torch.cos((times + offset) / (1 + offset) * math.pi / 2) ** 2
         super().__init__((1 - f[1:] / f[:-1]).clamp(max=beta_max))
@@ -180,18 +191,12 @@ def make_schedule(schedule: str | Schedule, num_timesteps: int) -> Schedule:
         schedule: ``"linear"``, ``"cosine"`` or a :class:`Schedule`.
         num_timesteps: The number of steps :math:`T`.
     """
-    check_num_timesteps(num_timesteps)
+    check_whole("num_timesteps", num_timesteps)
     if isinstance(schedule, Schedule):
         if schedule.num_timesteps != num_timesteps:
             raise ValueError(
                 f"num_timesteps is {num_timesteps}, but the schedule has {schedule.num_timesteps}"
             )
         return schedule
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    check_choice("schedule", schedule, SCHEDULES)
     return SCHEDULES[schedule](num_timesteps)
-
-
-def check_num_timesteps(num_timesteps: int) -> None:
-    if int(num_timesteps) != num_timesteps or num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be a whole number >= 1, got {num_timesteps}")

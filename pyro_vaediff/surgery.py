@@ -28,6 +28,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .arguments import check_choice, check_whole
 from .diffusion import base_normal
 from .evaluation import evaluating, in_batches, value_elbo
 from .infer import Timestep_ELBO, elbo_terms
@@ -116,12 +117,8 @@ def elbo_surgery(
     Raises:
         ValueError: If the encoder is not a diagonal Gaussian, or an argument is out of range.
     """
-    if log_prior not in LOG_PRIORS:
-        raise ValueError(f"unknown log_prior {log_prior!r}: choose one of {', '.join(LOG_PRIORS)}")
-    if int(num_samples) != num_samples or num_samples < 2:
-        raise ValueError(
-            f"num_samples must be a whole number >= 2 for standard errors, got {num_samples}"
-        )
+    check_choice("log_prior", log_prior, LOG_PRIORS)
+    check_whole("num_samples", num_samples, least=2, why=" for standard errors")
     is_bound = isinstance(vae.prior, DiffusionPrior) and log_prior == "chain"
     elbo = value_elbo() if elbo is None else elbo
     columns: list[tuple[Tensor, ...]] = []

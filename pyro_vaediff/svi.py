@@ -12,16 +12,23 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from . import distributed
 from .infer import TraceKL_ELBO
 
 __all__ = ["SVI", "TorchOptim", "differentiable_terms", "per_datum"]
 
 
-def per_datum(program: Callable) -> Callable:
-    r"""Scales a program's log-densities by the size of its batch, to nats per datum."""
+def per_datum(program: Callable, batch_size: int | None = None) -> Callable:
+    r"""Scales a program's log-densities by the size of its batch, to nats per datum.
+
+    Arguments:
+        program: The program, whose first argument is the batch.
+        batch_size: The size of the whole batch, if several processes share it: their losses then
+            sum to that of the batch.
+    """
 
     def scaled(x: Tensor, *args, **kwargs) -> Any:
-        with poutine.scale(scale=1 / len(x)):
+        with poutine.scale(scale=1 / (batch_size or len(x))):
             return program(x, *args, **kwargs)
 
     return scaled
@@ -84,7 +91,11 @@ class TorchOptim(PyroOptim):
 
 
 class SVI(pyro.infer.SVI):
-    r"""Pyro's SVI, whose step returns each term of the loss and leaves it on its device."""
+    r"""Pyro's SVI, whose step returns each term of the loss and leaves it on its device.
+
+    The processes of a :func:`~pyro_vaediff.distributed.process_group` take the same step, along the
+    sum of their gradients.
+    """
 
     def __init__(self, model: Callable, guide: Callable, optim: TorchOptim, loss: pyro.infer.ELBO):
         self.elbo = loss
@@ -96,10 +107,13 @@ class SVI(pyro.infer.SVI):
             terms = differentiable_terms(self.elbo, self.model, self.guide, *args, **kwargs)
             sum(terms.values()).backward()
         params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+        terms = {name: term.detach() for name, term in terms.items()}
+        gradients = (p.grad for p in params if p.grad is not None)
+        distributed.sum_([*gradients, *terms.values()])
         self.optim(params)
         for parameter in params:
             parameter.grad = None
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
 
 
 def differentiable_terms(

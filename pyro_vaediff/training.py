@@ -11,12 +11,14 @@ from typing import Any
 import pyro
 import pyro.infer
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from . import distributed
+from .arguments import check_whole
 from .build import make_vae
-from .checkpoint import load_checkpoint, save_checkpoint, write_csv
+from .checkpoint import load_checkpoint, remove_unfinished, save_checkpoint, write_csv
 from .config import ModelConfig, TrainConfig
 from .data import ImageData, batches, load
 from .data.groups import list_name
@@ -29,6 +31,13 @@ from .vae import VAE
 __all__ = ["NonFiniteError", "Trainer", "load_data", "load_vae"]
 
 CHECKPOINT, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.csv"
+# What every checkpoint of a run has, and what its parts have at least.
+PARTS: dict[str, set[str]] = {
+    "model_config": {"prior", "image_shape"},
+    "train_config": {"precision"},
+    "data": {"dataset"},
+    "vae": set(),
+}
 
 
 class NonFiniteError(RuntimeError):
@@ -37,6 +46,10 @@ class NonFiniteError(RuntimeError):
 
 class Trainer:
     r"""A training run, from its start or from its last checkpoint.
+
+    It is one run also in the processes of a :func:`~pyro_vaediff.distributed.process_group`: each
+    has a trainer with the same arguments, and computes its share of every batch. The main process
+    writes the files.
 
     Arguments:
         model_config: What to train.
@@ -66,6 +79,14 @@ class Trainer:
         snapshots: Iterable[int] = (),
         init: str | Path | None = None,
     ):
+        for name, mine, theirs in (
+            ("image_shape", tuple(model_config.image_shape), data.image_shape),
+            ("levels", model_config.levels, data.levels),
+        ):
+            if mine != theirs:
+                raise ValueError(f"{name} must be that of the data, {theirs}, got {mine}")
+        if not isinstance(elbo, pyro.infer.ELBO):
+            raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
         torch.manual_seed(train_config.seed)
         self.model_config, self.config, self.elbo, self.data = (
             model_config, train_config, elbo, data
@@ -73,6 +94,8 @@ class Trainer:
         self.device = torch.device(device)
         self.out = None if out is None else Path(out)
         self.snapshots = frozenset(snapshots)
+        for epoch in self.snapshots:
+            check_whole("each of snapshots", epoch, least=0)
         self.dtype = torch.float64 if train_config.precision == "float64" else torch.float32
         self.vae = make_vae(model_config).to(self.device, self.dtype)
         self.history: list[dict[str, float]] = []
@@ -81,15 +104,21 @@ class Trainer:
             elbo.weighting.check(self.vae.prior, elbo.collapse.conditioning)
 
         self.batch_size = min(train_config.batch_size, len(data.train))
+        if self.batch_size < distributed.size():
+            raise ValueError(
+                f"batch_size must be at least the number of processes, {distributed.size()}, got "
+                f"{self.batch_size} ({len(data.train)} training images)"
+            )
         self.steps_per_epoch = len(data.train) // self.batch_size
         self.initialize(init)
+        distributed.broadcast_([*self.vae.parameters(), *self.vae.buffers()])
         self.optim = self.make_optim()
         vae = self.vae
         gaussian = GaussianPrior(model_config.latent_dim).to(vae.prior.origin)
         first = VAE(vae.encoder, vae.decoder, gaussian)
         self.svi, self.gaussian_svi, self.prior_svi = (
-            SVI(per_datum(model), per_datum(guide), self.optim, elbo)
-            for model, guide in (
+            SVI(*(per_datum(program, self.batch_size) for program in programs), self.optim, elbo)
+            for programs in (
                 (vae.model, vae.guide),
                 (first.model, first.guide),
                 (vae.prior_model, vae.prior_guide),
@@ -102,10 +131,14 @@ class Trainer:
             raise ValueError(
                 f"epochs must be positive, got 0: a {model_config.prior} prior has no parameters"
             )
+        if max(self.snapshots, default=0) > self.total_epochs:
+            raise ValueError(
+                f"each of snapshots must be at most the number of epochs, {self.total_epochs}, got "
+                f"{max(self.snapshots)}"
+            )
         self.average = None
         if train_config.ema:
-            average = get_ema_multi_avg_fn(train_config.ema)
-            self.average = AveragedModel(self.vae, multi_avg_fn=average, use_buffers=True)
+            self.average = WeightAverage(self.vae, train_config.ema)
         # Whatever draws random numbers between here and `fit` does not change the run.
         self._rng = self.rng_state()
 
@@ -113,7 +146,7 @@ class Trainer:
         r"""Puts the model where training starts, if that is not a random draw."""
         if init is not None:
             # A prior of another kind has other parameters, and starts afresh.
-            state = load_run(init)
+            state = distributed.from_main(lambda: load_run(init))
             prior = state["model_config"]["prior"]
             kept = {
                 name: value
@@ -175,6 +208,8 @@ class Trainer:
             NonFiniteError: If the loss or its gradient is NaN or infinite.
         """
         self.set_rng_state(self._rng)
+        if self.out is not None and distributed.is_main():
+            remove_unfinished(self.out)
         if not self.history:
             self.save_snapshot()
         total, done = self.total_epochs, len(self.history)
@@ -182,7 +217,7 @@ class Trainer:
             total=total * self.steps_per_epoch,
             initial=done * self.steps_per_epoch,
             unit="step",
-            disable=not progress,
+            disable=not (progress and distributed.is_main()),
             dynamic_ncols=True,
         )
         # Parameters are registered in a store of this run's own, not in Pyro's global one.
@@ -222,6 +257,9 @@ class Trainer:
             device=self.device,
             drop_last=True,
             flip=self.data.horizontal_flip,
+            generator=self.seed_epoch(),
+            rank=distributed.rank(),
+            size=distributed.size(),
         )  # fmt: skip
         for step, batch in enumerate(loader, start=1):
             x = preprocess(self.vae, batch, self.data.levels)
@@ -236,11 +274,36 @@ class Trainer:
                 self.check_finite(terms, total.tolist(), step)
                 bar.set_postfix_str(describe(terms), refresh=False)
             bar.update()
+        self.synchronize()
         means = (total / self.steps_per_epoch).tolist()
         # Of the prior alone there is no reconstruction, hence no sum.
         record = {} if svi is self.prior_svi else {"train": sum(means[:-1])}
         record["grad_norm"] = means[-1]
         return record | {f"train {name}": mean for name, mean in zip(terms, means, strict=False)}
+
+    def seed_epoch(self) -> torch.Generator | None:
+        r"""Gives each of several processes its own noise, and all of them the same order of images.
+
+        Both are functions of the seed and the epoch, so that any number of processes can resume the
+        run. A single process has its global generators, whose state is in the checkpoint.
+        """
+        if distributed.size() == 1:
+            return None
+        numbers = self.config.seed, len(self.history) + 1
+        torch.manual_seed(distributed.fold_seed(*numbers, distributed.rank()))
+        return torch.Generator().manual_seed(distributed.fold_seed(*numbers))
+
+    def synchronize(self) -> None:
+        r"""Makes the models of all processes that of the main one.
+
+        Their weights took the same steps; the statistics of BatchNorm and a proposal that learns
+        have seen their own images.
+        """
+        models = [self.vae] if self.average is None else [self.vae, self.average]
+        tensors = [tensor for model in models for tensor in model.state_dict().values()]
+        if isinstance(self.elbo, Timestep_ELBO):
+            tensors += self.elbo.state_dict().values()
+        distributed.broadcast_(tensors)
 
     def check_finite(self, terms: dict[str, Tensor], total: list[float], step: int) -> None:
         r"""Raises a :class:`NonFiniteError` that names the terms which are not finite."""
@@ -268,9 +331,16 @@ class Trainer:
         epoch, such that models are compared and not their noise.
         """
         model = self.vae if self.average is None else self.average.module
-        images, batch_size = self.data.validation, max(self.batch_size, 100)
-        terms = evaluate(model, images, self.data.levels, value_elbo(), batch_size=batch_size)
-        return sum(terms.values())
+        images, seed = distributed.share(self.data.validation), 0
+        if distributed.size() > 1:
+            seed = distributed.fold_seed(0, distributed.rank())
+        options = {"batch_size": max(self.batch_size, 100), "seed": seed}
+        loss = torch.zeros((), dtype=torch.float64)
+        if len(images):  # or there are more processes than images
+            terms = evaluate(model, images, self.data.levels, value_elbo(), **options)
+            loss += sum(terms.values()) * (len(images) / len(self.data.validation))
+        distributed.sum_([loss])
+        return float(loss)
 
     # Checkpoints ----------------------------------------------------------------------------------
 
@@ -279,20 +349,27 @@ class Trainer:
 
         A run that is killed in between repeats its last epoch, to the same result.
         """
-        if self.best_epoch() == len(self.history):
+        is_best = self.best_epoch() == len(self.history)
+        if is_best:
             self._best = self.weights()
-        if self.out is None:
+        if self.out is None or not distributed.is_main():
             return
         write_csv(self.out / METRICS, self.history)
-        if self.best_epoch() == len(self.history):
-            save_checkpoint(self.out / BEST, self.describe() | {"vae": self._best})
+        if is_best:
+            self.save_best()
         self.save_snapshot()
         save_checkpoint(self.out / CHECKPOINT, self.describe() | self.state_dict())
+
+    def save_best(self) -> None:
+        r"""Writes the best model so far, as it was written after its epoch."""
+        best = self.best_epoch()
+        history = {"history": self.history[:best], "best_epoch": best}
+        save_checkpoint(self.out / BEST, self.settings() | history | {"vae": self._best})
 
     def save_snapshot(self) -> None:
         r"""Writes the model if its epoch is one of the snapshots."""
         epoch = len(self.history)
-        if self.out is not None and epoch in self.snapshots:
+        if self.out is not None and epoch in self.snapshots and distributed.is_main():
             state = self.settings() | {"epoch": epoch, "vae": self.weights()}
             save_checkpoint(self.out / f"epoch-{epoch}.pt", state)
 
@@ -359,13 +436,15 @@ class Trainer:
     def resume(self) -> None:
         r"""Continues from the checkpoint in the run directory, as if the run had never stopped.
 
+        With another number of processes it continues with other random numbers.
+
         Raises:
             FileNotFoundError: If there is no checkpoint.
             ValueError: If the checkpoint is broken, or of a run with other settings.
         """
         if self.out is None:
             raise ValueError("out must be a run directory to resume from, got None")
-        state = load_run(self.out / CHECKPOINT)
+        state = distributed.from_main(lambda: load_run(self.out / CHECKPOINT))
         for part, mine in self.settings().items():
             for name, saved in state.get(part, {}).items():
                 # More epochs continue a run, unless its learning rate depends on their number.
@@ -377,6 +456,12 @@ class Trainer:
                         f"cannot resume {self.out / CHECKPOINT} with {name}={mine.get(name)!r}: "
                         f"the run was started with {saved!r}"
                     )
+        for name in ("optim", "history", "best", "rng", *(["average"] if self.average else [])):
+            if name not in state:
+                raise ValueError(
+                    f"cannot resume {self.out / CHECKPOINT}: it has no {name!r}, as if it were a "
+                    "model alone, such as best.pt"
+                )
         self.vae.load_state_dict(state["vae"])
         self.optim.set_state(state["optim"])
         if self.average is not None:
@@ -385,6 +470,37 @@ class Trainer:
             self.elbo.load_state_dict(state.get("elbo", {}))
         self.history, self._best = state["history"], state["best"]
         self._rng = state["rng"]
+        if distributed.is_main():
+            # It may be of an epoch that was not finished, and that now has another result.
+            self.save_best()
+
+
+class WeightAverage(AveragedModel):
+    r"""An exponential moving average of a model's weights and buffers.
+
+    Arguments:
+        model: The model.
+        decay: How much of the average an update leaves.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        r"""Moves the average towards a model; the first update copies it."""
+        # torch's own method moves its counter to the device, and waits for that in every step.
+        ours, theirs = (
+            [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+            for module in (self.module, model)
+        )
+        if self.n_averaged == 0:
+            for mine, other in zip(ours, theirs, strict=True):
+                mine.copy_(other)
+        else:
+            for dtype in dict.fromkeys(tensor.dtype for tensor in ours):
+                lists = ([x for x in tensors if x.dtype == dtype] for tensors in (ours, theirs))
+                self.multi_avg_fn(*lists, None)
+        self.n_averaged += 1
 
 
 def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, ModelConfig]:
@@ -398,10 +514,17 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
         The VAE in eval mode, and its configuration.
     """
     state = load_run(path)
-    config = ModelConfig(**state["model_config"])
+    try:
+        config = ModelConfig(**state["model_config"])
+    except TypeError as error:
+        raise ValueError(f"{path} has settings of another version: {error}") from error
     precision = state["train_config"]["precision"]
     vae = make_vae(config).to(device, torch.float64 if precision == "float64" else torch.float32)
-    vae.load_state_dict(state["vae"])
+    try:
+        vae.load_state_dict(state["vae"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} has weights of other networks ({reason})") from error
     return vae.eval(), config
 
 
@@ -438,8 +561,12 @@ def load_data(
 def load_run(path: str | Path) -> dict[str, Any]:
     r"""Loads a checkpoint of a run, with what older ones do not have."""
     state = load_checkpoint(model_path(path))
-    state.setdefault("data", {}).setdefault("groups", None)
-    state.setdefault("model_config", {}).setdefault("denoiser", "mlp")
+    for part, names in PARTS.items():
+        found = state.get(part)
+        if not isinstance(found, dict) or not names <= found.keys():
+            raise ValueError(f"{path} is no checkpoint of a run: {part!r} is missing or incomplete")
+    state["data"].setdefault("groups", None)
+    state["model_config"].setdefault("denoiser", "mlp")
     return state
 
 

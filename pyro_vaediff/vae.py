@@ -13,6 +13,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from .arguments import check_whole
 from .priors import Prior
 from .register import register
 
@@ -36,6 +37,8 @@ class VAE(nn.Module):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior):
         super().__init__()
+        if not isinstance(prior, Prior):
+            raise ValueError(f"prior must be a Prior, got {type(prior).__name__}")
         self.encoder = encoder
         self.decoder = decoder
         self.prior = prior
@@ -103,8 +106,7 @@ class VAE(nn.Module):
 def count(x: Tensor | None, num_samples: int = 1) -> int:
     r"""Returns the number of images, after a look at whether they are images."""
     if x is None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        check_whole("num_samples", num_samples)
         return num_samples
     if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
         raise ValueError(

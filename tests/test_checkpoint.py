@@ -3,13 +3,26 @@ r"""Files that are whole or absent, and checkpoints that execute no code."""
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import pickle
+import resource
+import signal
+import tempfile
 
 import pytest
 import torch
 from errors import one_line_value_error
+from processes import context
 
-from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_csv
+from pyro_vaediff import checkpoint
+from pyro_vaediff.checkpoint import (
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    write_atomically,
+    write_csv,
+)
 
 
 class Malicious:
@@ -88,6 +101,133 @@ def test_a_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path):
         save_checkpoint(path, {"epoch": 2, "f": lambda: 0})
     assert load_checkpoint(path)["epoch"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- Faults ---------------------------------------------------------------------------------------
+
+MOMENTS = ["half written", "written", "synced", "renamed", "folder synced"]
+
+
+def write_and_die(path, moment):
+    r"""Writes a file and kills this process at a moment of that, as ``kill -9`` does."""
+    moments = iter(["synced", "folder synced"])
+
+    def die(reached):
+        if reached == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(file):
+        file.write(b"new" * 10_000)
+        file.flush()
+        die("half written")
+        file.write(b"new" * 10_000)
+        file.flush()
+        die("written")
+
+    def fsync(descriptor, original=os.fsync):
+        original(descriptor)
+        die(next(moments))
+
+    def replace(*args, original=os.replace):
+        original(*args)
+        die("renamed")
+
+    os.fsync, os.replace = fsync, replace
+    write_atomically(path, write)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("before", [b"old", None])
+def test_a_kill_while_a_file_is_written(tmp_path, moment, before):
+    path = tmp_path / "checkpoint.pt"
+    if before is not None:
+        path.write_bytes(before)
+    process = context.Process(target=write_and_die, args=(path, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    content = path.read_bytes() if path.exists() else None
+    done = MOMENTS.index(moment) >= MOMENTS.index("renamed")
+    assert content == (b"new" * 20_000 if done else before)
+    assert len(list(tmp_path.glob(".*"))) == (0 if done else 1)
+    (tmp_path / ".other").write_text("not ours")
+    remove_unfinished(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} - {"checkpoint.pt"} == {".other"}
+    write_atomically(path, lambda file: file.write(b"newer"))
+    assert path.read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize(
+    "module, function, number, message",
+    [
+        (os, "fsync", errno.ENOSPC, "No space left on device"),
+        (os, "fsync", errno.EDQUOT, "quota exceeded"),
+        (os, "fsync", errno.EIO, "Input/output error"),
+        (os, "replace", errno.ENOSPC, "No space left on device"),
+        (tempfile, "mkstemp", errno.ENOSPC, "No space left on device"),
+        (tempfile, "mkstemp", errno.EROFS, "Read-only file system"),
+        (tempfile, "mkstemp", errno.EACCES, "Permission denied"),
+    ],
+)
+def test_a_file_that_cannot_be_written(tmp_path, monkeypatch, module, function, number, message):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1})
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, fail)
+        with pytest.raises(OSError) as info:
+            save_checkpoint(path, {"epoch": 2})
+    assert info.value.errno == number
+    check_write_error(info.value, path, message)
+
+
+def check_write_error(error, path, message):
+    text = str(error)
+    assert message in text and str(path) in text and "\n" not in text
+    assert "a file that was there before is unchanged" in text
+    assert load_checkpoint(path)["epoch"] == 1
+    assert list(path.parent.iterdir()) == [path]
+
+
+def write_with_a_limit(path, sender):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        save_checkpoint(path, {"epoch": 2, "weights": torch.zeros(10_000)})
+    except OSError as error:
+        sender.send(error)
+
+
+def test_a_disk_that_is_full_in_the_midst_of_a_file(tmp_path):
+    # The kernel's limit on the size of a file refuses the rest of it, like a full disk.
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1})
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=write_with_a_limit, args=(path, sender))
+    process.start()
+    check_write_error(receiver.recv(), path, "File too large")
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_folder_that_cannot_be_synced_does_no_harm(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError(errno.EINVAL, "not here")
+
+    monkeypatch.setattr(checkpoint, "sync_folder", fail)
+    save_checkpoint(tmp_path / "new" / "checkpoint.pt", {"epoch": 1})
+    assert load_checkpoint(tmp_path / "new" / "checkpoint.pt")["epoch"] == 1
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"Not a directory .*file/run/checkpoint\.pt"):
+        save_checkpoint(tmp_path / "file" / "run" / "checkpoint.pt", {"epoch": 1})
+
+
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 def test_csv_keeps_every_digit(tmp_path):

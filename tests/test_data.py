@@ -194,8 +194,8 @@ def test_damaged_mnist(tmp_path):
     "options, message",
     [
         ({"name": "cifar"}, "'cifar': choose one of " + ", ".join(DATASETS)),
-        ({"limit": 0}, "limit must be at least 1, not 0"),
-        ({"image_size": 0}, "image_size must be at least 1, not 0"),
+        ({"limit": 0}, "limit must be a whole number >= 1, got 0"),
+        ({"image_size": 0}, "image_size must be a whole number >= 1, got 0"),
         ({"channels": 2}, "channels must be 1 .* not 2"),
     ],
 )

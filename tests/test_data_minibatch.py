@@ -108,7 +108,25 @@ def test_batches_of_images_on_the_device(device):
 
 
 def test_batches_check_their_arguments_at_once(device):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
         batches(numbered(3), 0, shuffle=False, device=device)
     with pytest.raises(ValueError, match="at least one image"):
         batches(numbered(0), 2, shuffle=False, device=device)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_batches_are_shared_by_processes(device, size):
+    images = numbered(23, width=3)
+    options = {"shuffle": True, "device": device, "drop_last": True, "flip": True}
+
+    def epoch(**share):
+        return list(
+            batches(images, 7, generator=torch.Generator().manual_seed(1), **options, **share)
+        )
+
+    whole = epoch()
+    parts = [epoch(rank=rank, size=size) for rank in range(size)]
+    assert len(whole) == 3
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(shares), batch)
+        assert {len(share) for share in shares} <= {7 // size, 7 // size + 1}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -17,7 +19,7 @@ from unbiased import (
     per_datum,
 )
 
-from pyro_vaediff import VAE, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
+from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.bench.affine import condition, covariance, stack
 
@@ -147,6 +149,35 @@ def test_less_noise_and_no_bias(x, options, T):
 def test_path_derivative_of_the_unrolled_chain(x, order):
     elbo = TraceKL_ELBO(entropy="path", num_particles=2, vectorize_particles=True)
     assert_matches_oracle(elbo, linear_gaussian_vae(3, order=order).to(x.device), x)
+
+
+@pytest.mark.parametrize(
+    "q_z0",
+    [
+        lambda w: dist.Delta(w, event_dim=1),
+        lambda w: dist.Uniform(w - 1, w + w.square()).to_event(1),
+    ],
+    ids=["Delta", "Uniform"],
+)
+def test_densities_without_a_path(device, q_z0):
+    prior = DiffusionPrior(2, num_timesteps=4).to(device)
+    w = torch.tensor([[1.0, 2.0]], device=device, requires_grad=True)
+
+    def model():
+        with pyro.plate("data", 1):
+            prior.model()
+
+    def guide():
+        with pyro.plate("data", 1):
+            prior.guide(q_z0(w))
+
+    results = []
+    for entropy in ("path", "exact"):
+        pyro.set_rng_seed(0)
+        loss = Timestep_ELBO(entropy=entropy).differentiable_loss(model, guide)
+        results.append([loss, *torch.autograd.grad(loss, w)])
+    torch.testing.assert_close(*results)
+    assert results[0][1].abs().min() > 0
 
 
 def test_more_timesteps_and_more_particles_lower_the_variance(x):

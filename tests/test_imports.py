@@ -13,7 +13,8 @@ ROOT = Path(pyro_vaediff.__file__).parent
 
 # A module may import from the layers above its own in this list, and from its own package.
 LAYERS = (
-    {"schedules", "register", "distributions", "checkpoint", "config"},
+    {"arguments"},
+    {"schedules", "register", "distributions", "checkpoint", "config", "distributed"},
     {"diffusion", "nn"},
     {"likelihoods"},
     {"priors"},

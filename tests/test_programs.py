@@ -252,7 +252,7 @@ def test_register_names_objects_not_classes():
         (lambda vae, x: vae.model(x.to(torch.uint8)), "floating-point images, got torch.uint8"),
         (lambda vae, x: vae.model(x / 0 * 0), "NaN or infinite"),
         (lambda vae, x: vae.model(x[:, :, 1:]), r"x must have shape \(B, 1, 8, 8\)"),
-        (lambda vae, x: vae.model(num_samples=0), "num_samples must be at least 1, got 0"),
+        (lambda vae, x: vae.model(num_samples=0), "num_samples must be a whole number >= 1, got 0"),
     ],
 )
 def test_bad_images(device, x, call, match):

@@ -251,7 +251,7 @@ def test_any_proposal_may_learn(device, vectorize):
 @pytest.mark.parametrize(
     "Chosen, options, match",
     [
-        (Importance, {"scale": 0.0}, "scale must be positive, got 0.0"),
+        (Importance, {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
         (Importance, {"uniform": 0.0}, "uniform must be in"),
         (LossAware, {"uniform": 1.5}, "uniform must be in"),
         (LossAware, {"decay": 1.0}, "decay must be in"),

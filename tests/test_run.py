@@ -3,7 +3,9 @@ r"""``experiments/run.py``: what a run leaves behind, resuming, and its errors."
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -241,6 +243,74 @@ def test_a_run_that_was_killed_continues(run, arguments, tmp_path):
     assert results(killed) == results(straight)
 
 
+def test_a_full_disk_leaves_a_run_that_can_be_resumed(run, error_of, tmp_path, monkeypatch):
+    options = {"epochs": 3, "prior": "gaussian", "features": "none"}
+    straight, full, sync, calls = tmp_path / "straight", tmp_path / "full", os.fsync, []
+    run(straight, **options)
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        message = error_of(full, **options)
+    assert "No space left on device" in message and f"{full}/" in message
+    assert 1 <= len(load_checkpoint(full / "checkpoint.pt")["history"]) < 3
+    assert not list(full.glob(".*"))
+    run(full, "--resume", **options)
+    assert (full / "metrics.csv").read_bytes() == (straight / "metrics.csv").read_bytes()
+    assert results(full) == results(straight)
+
+
+@pytest.mark.parametrize("flags", [(), ("--deterministic",)], ids=str)
+def test_the_same_command_gives_the_same_files_twice(run, tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        for out in (tmp_path / "a", tmp_path / "b"):
+            run(out, *flags, timesteps="loss-aware", ema=0.9)
+            torch.rand(7)
+        assert torch.are_deterministic_algorithms_enabled() == bool(flags)
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == bool(flags)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        if path.name not in ("results.json", "checkpoint.pt", "best.pt"):
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_float32_is_not_tf32(run, tmp_path):
+    modules = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [module.allow_tf32 for module in modules]
+    try:
+        for module in modules:
+            module.allow_tf32 = True
+        run(tmp_path / "run", epochs=1, prior="gaussian", features="none")
+        assert [module.allow_tf32 for module in modules] == [False, False]
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.allow_tf32 = value
+
+
+def test_runs_that_are_killed_at_random_moments():
+    script = Path(__file__).parent / "stress_resume.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "6"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sum(json.loads(done.stdout)["kills"].values()) == 6
+
+
 def test_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -288,7 +358,12 @@ def test_a_broken_checkpoint(error_of, finished_run, tmp_path, broken):
     else:
         content = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"no\n"}
         path.write_bytes(content[broken])
+    best = tmp_path / "best.pt"
+    best.write_bytes((finished_run / "best.pt").read_bytes())
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     assert str(path) in error_of(tmp_path, "--resume", epochs=1)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    load_vae(tmp_path)  # the best model is still there
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -302,9 +377,9 @@ ERRORS = [
     ({"parameterization": "x"}, "unknown parameterization 'x'"),
     ({"reverse_variance": "x"}, "unknown reverse_variance 'x'"),
     ({"num_timesteps": 0}, "num_timesteps must be a whole number >= 1, got 0"),
-    ({"latent_dim": 0}, "latent_dim must be a positive int, got 0"),
+    ({"latent_dim": 0}, "latent_dim must be a whole number >= 1, got 0"),
     ({"latent_dim": "two"}, "--latent-dim: invalid int value: 'two'"),
-    ({"width": 0}, "width must be a positive int, got 0"),
+    ({"width": 0}, "width must be a whole number >= 1, got 0"),
     ({"estimator": "iwae"}, "unknown estimator 'iwae'"),
     ({"timesteps": "some"}, "unknown timesteps 'some'"),
     ({"k": 0}, "k must be a whole number >= 1, got 0"),
@@ -320,12 +395,12 @@ ERRORS = [
     ({"lr_schedule": "step"}, "--lr-schedule"),
     ({"clip_norm": -1}, "clip_norm must be positive, got -1"),
     ({"ema": 1.5}, "ema must be in [0, 1), got 1.5"),
-    ({"seed": 2**70}, f"seed must be in [0, 2^63), got {2**70}"),
+    ({"seed": 2**70}, f"seed must be a whole number in [0, 2^63), got {2**70}"),
     ({"precision": "float16"}, "--precision"),
     ({"device": "tpu"}, "--device"),
     ({"dataset": "imagenet"}, "--dataset"),
     ({"image_size": 7}, "the digits are 8x8 grey images"),
-    ({"limit": 0}, "limit must be at least 1, not 0"),
+    ({"limit": 0}, "limit must be a whole number >= 1, got 0"),
     ({"limit": 1}, "needs at least 2 images"),
     ({"num_images": 0}, "needs at least 2 images, got --num-images 0"),
     ({"num_images": 1}, "needs at least 2 images, got --num-images 1"),
@@ -376,8 +451,8 @@ def test_errors_of_the_directory(error_of, finished_run, tmp_path):
     assert "holds a run already" in error_of(finished_run)
     assert "no checkpoint at" in error_of(tmp_path / "run", "--resume")
     (tmp_path / "file").write_text("")
-    assert "is a file: choose a folder" in error_of(tmp_path / "file")
-    assert "Not a directory" in error_of(tmp_path / "file" / "run")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "is a file: choose a folder" in error_of(out)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

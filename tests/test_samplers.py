@@ -296,18 +296,22 @@ def test_samples_have_no_graph_and_the_dtype_of_the_prior(device):
 def test_errors(vae):
     prior, x = DiffusionPrior(2, 10), torch.zeros(1, 3, dtype=torch.float64)
     for call, match in {
-        (lambda: sample(prior, 0)): "num_samples must be at least 1, got 0",
-        (lambda: trajectory(prior, 0)): "num_samples must be at least 1, got 0",
-        (lambda: trajectory(prior, 1, num_frames=1)): "num_frames must be at least 2, got 1",
-        (lambda: ddim(prior, 0)): "num_samples must be at least 1, got 0",
+        (lambda: sample(prior, 0)): "num_samples must be a whole number >= 1, got 0",
+        (lambda: trajectory(prior, 0)): "num_samples must be a whole number >= 1, got 0",
+        (
+            lambda: trajectory(prior, 1, num_frames=1)
+        ): "num_frames must be a whole number >= 2, got 1",
+        (lambda: ddim(prior, 0)): "num_samples must be a whole number >= 1, got 0",
         (lambda: ddim(prior, 1, num_steps=0)): "num_steps must be between 1 and T = 10, got 0",
         (lambda: ddim(prior, 1, num_steps=11)): "num_steps must be between 1 and T = 10, got 11",
         (lambda: ddim(prior, 1, 5, eta=-0.1)): r"eta must be in \[0, 1\], got -0.1",
         (lambda: ddim(prior, 1, 5, eta=1.1)): r"eta must be in \[0, 1\], got 1.1",
         (lambda: ddim(GaussianPrior(2), 1)): "prior must be a DiffusionPrior, got GaussianPrior",
         (lambda: trajectory(FlowPrior(2), 1)): "prior must be a DiffusionPrior, got FlowPrior",
-        (lambda: interpolate(vae, x, x, num_frames=1)): "num_frames must be at least 2, got 1",
-        (lambda: vae.model(num_samples=0)): "num_samples must be at least 1, got 0",
+        (
+            lambda: interpolate(vae, x, x, num_frames=1)
+        ): "num_frames must be a whole number >= 2, got 1",
+        (lambda: vae.model(num_samples=0)): "num_samples must be a whole number >= 1, got 0",
     }.items():
         with one_line_value_error(match):
             call()

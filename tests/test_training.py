@@ -19,6 +19,7 @@ from pyro_vaediff.build import make_vae
 from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint
 from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import load
+from pyro_vaediff.diffusion import base_normal
 from pyro_vaediff.evaluation import evaluate, preprocess
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.training import NonFiniteError, Trainer, load_vae
@@ -221,6 +222,69 @@ def test_nothing_to_resume_from(make_trainer):
         make_trainer().resume()
     with one_line_value_error("out must be a run directory"):
         make_trainer(out=None).resume()
+
+
+def test_resuming_restores_the_best_model_and_tidies_up(one_epoch):
+    trainer = one_epoch(1)
+    best, whole = trainer.out / "best.pt", (trainer.out / "best.pt").read_bytes()
+    # A run was killed after its second epoch had written a better model, but not its checkpoint.
+    best.write_bytes(b"of an epoch that will be repeated, with other random numbers perhaps")
+    (trainer.out / ".checkpoint.pt.abc.unfinished").write_bytes(b"half of a")
+    trainer.resume()
+    assert best.read_bytes() == whole
+    trainer.fit(progress=False)
+    assert not list(trainer.out.glob(".*"))
+
+
+# --- Random numbers -------------------------------------------------------------------------------
+
+
+def random_numbers(trainer, monkeypatch):
+    r"""Returns what is random in an epoch, separately."""
+    found = {"order": [], "flips": [], "dequantization": [], "t": [], "noise of z_0": []}
+    found["noise of z_t"] = []
+    get_trace = trainer.elbo._get_trace
+
+    def spy_images(vae, batch, levels):
+        found["order"].append(batch.flatten(1).double().mean(1))
+        found["flips"].append(batch[..., 0].flatten(1).double().mean(1))
+        x = preprocess(vae, batch, levels)
+        found["dequantization"].append((x.double() + 1) * levels / 2 - batch)
+        return x
+
+    def spy_sites(*args):
+        traces = get_trace(*args)
+        nodes = traces[1].nodes
+        found["t"].append(nodes["t"]["value"])
+        for name in ("z_0", "z_t"):
+            normal = base_normal(nodes[name]["fn"])
+            noise = (nodes[name]["value"] - normal.loc) / normal.scale
+            found[f"noise of {name}"].append(noise.detach())
+        return traces
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "preprocess", spy_images)
+        patch.setattr(trainer.elbo, "_get_trace", spy_sites)
+        trainer.fit(progress=False)
+    assert (torch.cat(found["dequantization"]) > -1e-4).all()
+    assert (torch.cat(found["dequantization"]) < 1 + 1e-4).all()
+    return {name: torch.cat([x.flatten() for x in values]).cpu() for name, values in found.items()}
+
+
+def test_the_seed_covers_everything_that_is_random(make_trainer, data, monkeypatch):
+    flipping = dataclasses.replace(data, horizontal_flip=True)
+
+    def draw(seed, epochs=1):
+        trainer = make_trainer(epochs, out=None, data=flipping, seed=seed)
+        return random_numbers(trainer, monkeypatch)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    two = draw(0, epochs=2)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        assert not torch.equal(value, other[name]), name
+        assert torch.equal(two[name][: len(value)], value), name
+        assert not torch.equal(two[name][len(value) :], value), name  # each epoch has its own
 
 
 # --- The best model -------------------------------------------------------------------------------

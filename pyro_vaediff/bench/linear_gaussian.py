@@ -7,12 +7,12 @@ then has a gradient of its own.
 from __future__ import annotations
 
 import copy
-from numbers import Integral
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_seed, check_whole
 from ..priors import DiffusionPrior
 from ..schedules import Schedule
 from ..vae import VAE
@@ -151,8 +151,8 @@ def linear_gaussian_vae(
         5
     """
     check_sizes(num_timesteps=num_timesteps, latent_dim=latent_dim, num_features=num_features)
-    if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
-        raise ValueError(f"seed must be a whole number in [0, 2^63) or None, got {seed!r}")
+    if seed is not None:
+        check_seed(seed)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             # `torch.manual_seed` would seed the generators of all CUDA devices as well.
@@ -204,5 +204,4 @@ def one_copy_per_datum(vae: VAE, num_data: int) -> VAE:
 
 def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, Integral) or size < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {size!r}")
+        check_whole(name, size)

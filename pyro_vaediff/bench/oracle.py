@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
 from ..priors import DiffusionPrior
 from ..vae import VAE
 from .affine import (
@@ -321,11 +322,6 @@ class Oracle:
     def _check_timestep(self, t: int) -> None:
         if t not in range(1, self.T + 1):
             raise ValueError(f"t must be a whole number from 1 to T = {self.T}, got {t}")
-
-
-def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {argument} {value!r}: choose one of {', '.join(choices)}")
 
 
 def check_vae(vae: VAE) -> None:

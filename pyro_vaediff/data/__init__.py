@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice, check_seed, check_whole
 from . import sources
 from .groups import list_name
 from .minibatch import batches
@@ -64,9 +65,16 @@ class ImageData:
     groups: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.levels, int) and 2 <= self.levels <= 256):
+            raise ValueError(
+                f"data set {self.name!r}: levels must be from 2 to 256, as pixels are uint8, not "
+                f"{self.levels!r}"
+            )
         for split in ("train", "validation", "test"):
             images = getattr(self, split)
             where = f"data set {self.name!r}: {split}"
+            if not isinstance(images, Tensor):
+                raise ValueError(f"{where} must be a tensor, not {type(images).__name__}")
             if images.dtype != torch.uint8 or images.ndim != 4:
                 raise ValueError(
                     f"{where} must be a uint8 tensor (N, C, H, W), "
@@ -112,9 +120,9 @@ def load(
     With `name="folder"`, `root` is a folder of images, nested to any depth. If it has `train/` and
     `test/` subfolders (and optionally `val/` or `validation/`), they are the splits; otherwise a
     seeded permutation of all images is cut 80 / 10 / 10 %. Images are turned upright (EXIF),
-    transparency is composited on white, 16-bit grey is rounded to 8 bits, and the first frame of
-    an animation is taken. Files that do not have the name of an image are ignored; an image that
-    cannot be read is an error.
+    transparency is composited on white, 16-bit grey is rounded to 8 bits and 16-bit colour cut to
+    8 bits, and the first frame of an animation is taken. Hidden files are ignored, and so are those
+    which are no images; an image that cannot be read, or is not named as one, is an error.
 
     Images of one person, scene or film are alike, so that a model which saw some of them is not
     tested by the others. With `groups`, each group is in one split only: the groups are permuted,
@@ -160,11 +168,11 @@ def load(
         torch.Size([1197, 1, 8, 8])
     """
 
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    check_choice("data set", name, DATASETS)
     for argument, value in (("image_size", image_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{argument} must be at least 1, not {value}")
+        if value is not None:
+            check_whole(argument, value)
+    check_seed(seed)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
     if groups is not None and name != "folder":

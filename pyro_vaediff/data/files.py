@@ -23,6 +23,12 @@ SUFFIXES = (
 # The sizes that are taken as they come. Any other is probably photographs, which must be resized.
 NATIVE_SIZES = (8, 16, 28, 32, 64, 128)
 CHUNK = 64
+# How the files of these formats begin.
+SIGNATURES = (
+    *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"8BPS"),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+)
+BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -35,13 +41,14 @@ def find_images(folder: Path) -> list[Path]:
         The paths, sorted by their parts, so that the order is the same on every system.
 
     Raises:
-        OSError: If a subfolder cannot be read.
+        OSError: If a subfolder or a file cannot be read.
+        ValueError: If there are images whose names are not those of images. They would be missed.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
-    found, visited = [], set()
+    found, misnamed, visited = [], [], set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         # A symbolic link to a parent folder would otherwise repeat every image many times.
         if (real := os.path.realpath(parent)) in visited:
@@ -50,9 +57,39 @@ def find_images(folder: Path) -> list[Path]:
         visited.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                found.append(Path(parent, name))
+            if name.startswith("."):
+                continue
+            path = Path(parent, name)
+            if path.suffix.lower() in SUFFIXES:
+                found.append(path)
+            elif path.is_file() and is_image(path):
+                misnamed.append(path)
+    if misnamed:
+        misnamed.sort()
+        more = f", and {len(misnamed) - 5} more" if len(misnamed) > 5 else ""
+        raise ValueError(
+            f"{len(misnamed)} files are images but not named so; give them a suffix such as .png "
+            f"or .jpg, or remove them: {', '.join(map(shown, misnamed[:5]))}{more}"
+        )
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def is_image(path: Path) -> bool:
+    r"""Returns whether a file begins as those of the common image formats do."""
+
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if start[:4] == b"RIFF":
+        return start[8:] == b"WEBP"
+    if start[4:8] == b"ftyp":
+        return start[8:] in BRANDS
+    return start.startswith(SIGNATURES)
+
+
+def shown(path: Path) -> str:
+    r"""Returns a path on one line, whatever characters it has."""
+
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def decode_files(
@@ -96,6 +133,9 @@ def _decode_files(
         for i in range(start, min(start + CHUNK, len(paths))):
             # Broken files raise all kinds of errors from Pillow's decoders. None is hidden.
             try:
+                # Opening a pipe would wait forever.
+                if paths[i].exists() and not paths[i].is_file():
+                    raise ValueError("not a file")
                 with Image.open(paths[i]) as image:
                     if image_size is None and image.size != (size, size):
                         raise ValueError(
@@ -105,7 +145,8 @@ def _decode_files(
                     images[i] = to_array(image, image_size=image_size, channels=images.shape[1])
             except Exception as error:
                 reason = str(error).replace(f" {str(paths[i])!r}", "").rstrip(":")
-                problems.append(f"{paths[i]} ({reason or type(error).__name__})")
+                reason = " ".join(reason.split()) or type(error).__name__
+                problems.append(f"{shown(paths[i])} ({reason})")
         return problems
 
     problems: list[str] = []
@@ -180,14 +221,16 @@ def _native_size(paths: Sequence[Path]) -> int:
 
     for path in paths:
         # A file that does not open is left for `decode_files` to name.
-        with suppress(Exception), Image.open(path) as image:
-            break
+        with suppress(Exception):
+            if path.is_file():
+                with Image.open(path) as image:
+                    break
     else:
         return NATIVE_SIZES[0]
     width, height = image.size
     if width != height or width not in NATIVE_SIZES:
         raise ValueError(
-            f"{path} has {width}x{height} pixels: pass image_size (--image-size) to resize "
+            f"{shown(path)} has {width}x{height} pixels: pass image_size (--image-size) to resize "
             f"images that are not square with a side of {', '.join(map(str, NATIVE_SIZES))}"
         )
     return width

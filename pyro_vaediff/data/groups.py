@@ -12,7 +12,13 @@ def list_name(path: str | Path) -> str:
     r"""Returns what identifies a list of groups wherever it lies: its name and its checksum."""
 
     path = Path(path).expanduser()
+    check_list(path)
     return f"{path.name} (sha256 {sha256(path.read_bytes()).hexdigest()[:16]})"
+
+
+def check_list(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"groups={str(path)!r} is not a file: give a list 'FILE GROUP'")
 
 
 def read_groups(path: Path) -> dict[str, str]:
@@ -29,8 +35,7 @@ def read_groups(path: Path) -> dict[str, str]:
         ValueError: If it is not text, a line is not `FILE GROUP`, or a file has two groups.
     """
 
-    if not path.is_file():
-        raise FileNotFoundError(f"groups={str(path)!r} is not a file: give a list 'FILE GROUP'")
+    check_list(path)
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

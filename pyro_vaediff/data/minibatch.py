@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..arguments import check_whole
+
 
 def batches(
     images: Tensor,
@@ -17,6 +19,8 @@ def batches(
     device: torch.device | str,
     drop_last: bool = False,
     flip: bool = False,
+    rank: int = 0,
+    size: int = 1,
 ) -> Iterator[Tensor]:
     r"""Iterates once over images, in batches on a device.
 
@@ -32,9 +36,13 @@ def batches(
         drop_last: Whether to leave out a last batch of fewer than `batch_size` images. A set of
             fewer than `batch_size` images is one batch all the same.
         flip: Whether to flip each image horizontally with probability 1/2.
+        rank: The process that asks, of several which share each batch.
+        size: The number of these processes. With a generator in the same state in each of them,
+            their parts together are the batch; the sizes of the parts differ by one at most.
 
     Returns:
-        An iterator over new tensors of the images' dtype, with shape :math:`(B, C, H, W)`.
+        An iterator over new tensors of the images' dtype, with shape :math:`(B, C, H, W)`, or with
+        that of this process's part.
 
     Raises:
         ValueError: If there are no images, or `batch_size` is less than 1.
@@ -48,28 +56,39 @@ def batches(
     count = len(images)
     if count == 0:
         raise ValueError("images must hold at least one image")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_whole("batch_size", batch_size)
     device = torch.device(device)
 
     rng = {"generator": generator, "device": generator.device if generator else "cpu"}
     order = torch.randperm(count, **rng) if shuffle else torch.arange(count, device="cpu")
     order = order.to(images.device)
-    flipped = (torch.rand(count, **rng) < 0.5).to(device) if flip else None
+    flipped = to_device(torch.rand(count, **rng) < 0.5, device) if flip else None
 
     stop = count - count % batch_size if drop_last and count >= batch_size else count
-    return _iterate(images, order[:stop], flipped, batch_size, device)
+    parts = [
+        (start + length * rank // size, start + length * (rank + 1) // size)
+        for start in range(0, stop, batch_size)
+        for length in [min(batch_size, stop - start)]
+    ]
+    return _iterate(images, order, flipped, parts, device)
 
 
 def _iterate(
-    images: Tensor, order: Tensor, flipped: Tensor | None, batch_size: int, device: torch.device
+    images: Tensor,
+    order: Tensor,
+    flipped: Tensor | None,
+    parts: list[tuple[int, int]],
+    device: torch.device,
 ) -> Iterator[Tensor]:
-    # A copy from pinned memory overlaps with the computation on the batch before.
-    pin = device.type == "cuda" and images.device.type == "cpu"
-    for start in range(0, len(order), batch_size):
-        batch = images[order[start : start + batch_size]]
-        batch = (batch.pin_memory() if pin else batch).to(device, non_blocking=pin)
+    for start, stop in parts:
+        batch = to_device(images[order[start:stop]], device)
         if flipped is not None:
-            flags = flipped[start : start + batch_size, None, None, None]
-            batch = torch.where(flags, batch.flip(-1), batch)
+            batch = torch.where(flipped[start:stop, None, None, None], batch.flip(-1), batch)
         yield batch
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    r"""Returns a tensor on a device, without waiting for the device."""
+    # A copy from pinned memory overlaps with the computation on the batch before.
+    pin = device.type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if pin else x).to(device, non_blocking=pin)

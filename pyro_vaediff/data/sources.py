@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import write_atomically
+from ..checkpoint import describe_error, write_atomically
 from .files import SUFFIXES, decode_files, find_images, to_array
 from .groups import check_apart, find_groups, hold_out
 
@@ -63,7 +63,11 @@ def from_torchvision(
     download: bool,
     seed: int,
 ) -> Splits:
-    r"""MNIST, Fashion-MNIST and CIFAR-10; a tenth of the train split is for validation."""
+    r"""MNIST, Fashion-MNIST and CIFAR-10; a tenth of the train split is for validation.
+
+    CIFAR-10's files are pickles. torchvision reads them only after their MD5 sums were found to be
+    those of the official ones, so that no other pickle is ever opened.
+    """
 
     train = np.asarray(_torchvision(name, root, download=download, train=True).data)
     test = np.asarray(_torchvision(name, root, download=download, train=False).data)
@@ -105,12 +109,15 @@ def celeba(
     names: tuple[list[str], ...] = ([], [], [])
     for number, line in enumerate(partition.read_text().splitlines(), start=1):
         match line.split():
-            case [name, ("0" | "1" | "2") as split]:
+            case [name, ("0" | "1" | "2") as split] if Path(name).name == name:
                 names[int(split)].append(name)
             case []:
                 continue
             case _:
-                raise ValueError(f"{partition}, line {number}: expected 'FILE 0|1|2', not {line!r}")
+                raise ValueError(
+                    f"{partition}, line {number}: expected 'FILE 0|1|2', where FILE is in "
+                    f"img_align_celeba, not {line!r}"
+                )
 
     size, depth = image_size or 64, channels or 3
     splits = []
@@ -216,7 +223,8 @@ def _torchvision(name: str, root: Path, **options: bool):
         fetch = "read or download it" if options["download"] else "read it (download=False)"
         gdown = ", or pip install gdown to download it" if name == "celeba" else ""
         raise FileNotFoundError(
-            f"--dataset {name}: could not {fetch} ({type(error).__name__}: {error}); "
+            f"--dataset {name}: could not {fetch} "
+            f"({type(error).__name__}: {describe_error(error)}); "
             f"put {layout} under {root.resolve()}{gdown}"
         ) from error
 

@@ -6,6 +6,7 @@ import inspect
 
 from pyro.infer import ELBO, Trace_ELBO
 
+from ..arguments import check_choice, check_whole
 from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import TraceKL_ELBO
 
@@ -22,8 +23,7 @@ def particle_options(num_particles: int) -> dict[str, int | bool]:
     Arguments:
         num_particles: The number of particles.
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    check_whole("num_particles", num_particles)
     if num_particles == 1:
         return {}
     return {
@@ -39,8 +39,7 @@ def make_elbo(name: str, **options) -> ELBO:
         options: Keyword arguments of :class:`Timestep_ELBO`, of which the others take those that
             they have: they have no timesteps to choose.
     """
-    if name not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {name!r}: choose one of {', '.join(ESTIMATORS)}")
+    check_choice("estimator", name, ESTIMATORS)
     if name != "timestep":
         known = inspect.signature(ESTIMATORS[name]).parameters
         options = {key: value for key, value in options.items() if key in known}

@@ -10,6 +10,7 @@ for any proposal that is positive wherever :math:`L_t` is not zero. Its variance
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import pyro.distributions as dist
@@ -139,8 +140,8 @@ class Importance(Proposal):
 
     def __init__(self, scale: float = 0.3, uniform: float = 0.1):
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}")
         if not 0 < uniform <= 1:
             raise ValueError(f"uniform must be in (0, 1], got {uniform}")
         self.scale = scale
@@ -151,6 +152,8 @@ class Importance(Proposal):
         key = (id(prior.kernel), conditioning, first, prior.origin.device, prior.origin.dtype)
         if key not in self._cache:
             kl = prior.typical_kl(0.0 if conditioning == "z_0" else self.scale)[first:]
+            # Of a chain that does next to nothing, or erases all at once, rounding is left.
+            kl = kl.clamp(min=0) + torch.finfo(kl.dtype).tiny
             probs = (1 - self.uniform) * kl / kl.sum() + self.uniform / len(kl)
             # The kernel is kept along with its table, so that its id is not given to another one.
             self._cache = {key: (probs.to(prior.origin), prior.kernel)}

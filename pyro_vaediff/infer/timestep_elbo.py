@@ -17,6 +17,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ..arguments import check_choice, check_whole
 from ..diffusion import at_time, normal, q_marginal, q_reverse, q_reverse_moments
 from ..priors import DiffusionPrior
 from ..register import register
@@ -178,7 +179,8 @@ class Timestep_ELBO(TraceKL_ELBO):
         entropy: How to estimate :math:`-\mathrm{H}[q(z_0 | x)]`, ``"path"`` or ``"exact"``, see
             :class:`TraceKL_ELBO`. Given :math:`x`, it is part of the KLs.
         chunk_size: The number of timesteps that are evaluated at once with ``"all"``. Without
-            gradients, the memory is proportional to it.
+            gradients, the memory that the denoiser takes is proportional to it, and beside that
+            only the latents of all timesteps are kept.
         kwargs: Keyword arguments of :class:`TraceKL_ELBO`.
 
     Example:
@@ -208,19 +210,13 @@ class Timestep_ELBO(TraceKL_ELBO):
         **kwargs,
     ):
         super().__init__(antithetic=antithetic, entropy=entropy, **kwargs)
-        if not isinstance(timesteps, Proposal) and timesteps not in ("all", *PROPOSALS):
-            raise ValueError(
-                f"unknown timesteps {timesteps!r}: choose one of all, {', '.join(PROPOSALS)}"
-            )
+        if not isinstance(timesteps, Proposal):
+            check_choice("timesteps", timesteps, ("all", *PROPOSALS))
         for name, value in (("k", k), ("chunk_size", chunk_size)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+            check_whole(name, value)
         if conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning must be 'z_0' or 'x', got {conditioning!r}")
-        if weighting not in WEIGHTINGS:
-            raise ValueError(
-                f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}"
-            )
+        check_choice("weighting", weighting, WEIGHTINGS)
         if timesteps == "all":
             self.proposal = None
         else:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled, torch_item
@@ -16,6 +17,8 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ..arguments import check_whole
+from ..diffusion import base_normal, kl_normal
 from .antithetic import Antithetic
 
 __all__ = ["TraceKL_ELBO"]
@@ -72,6 +75,7 @@ class TraceKL_ELBO(Trace_ELBO):
         antithetic: bool = True,
         entropy: str = "exact",
     ):
+        check_whole("num_particles", num_particles)
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
@@ -120,7 +124,7 @@ class TraceKL_ELBO(Trace_ELBO):
             check_reparameterized(guide_site)
             if guide_site["infer"].get("closed_form_kl", False):
                 try:
-                    kl = kl_divergence(guide_site["fn"], site["fn"])
+                    kl = closed_form_kl(guide_site["fn"], site["fn"])
                     yield name, scale_and_mask(kl, guide_site["scale"], guide_site["mask"])
                     continue
                 except NotImplementedError:  # such as a flow; the sampled form is legal as well
@@ -158,6 +162,13 @@ class TraceKL_ELBO(Trace_ELBO):
             return torch_item(sum(self.terms(model, guide, *args, **kwargs).values()))
 
 
+def closed_form_kl(q: TorchDistribution, p: TorchDistribution) -> Tensor:
+    normals = base_normal(q), base_normal(p)
+    if None in normals:
+        return kl_divergence(q, p)
+    return sum_rightmost(kl_normal(*normals), len(q.event_shape))
+
+
 def unscaled_log_prob(site: dict) -> Tensor:
     return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
 
@@ -183,7 +194,11 @@ def path_log_prob(site: dict) -> Tensor:
         return unscaled_log_prob(site)
     z = site["value"].detach().requires_grad_()
     log_q = unscaled_log_prob(site | {"value": z})
-    (slope,) = torch.autograd.grad(log_q.sum(), z, retain_graph=True)
+    slope = None
+    if log_q.requires_grad:
+        (slope,) = torch.autograd.grad(log_q.sum(), z, retain_graph=True, allow_unused=True)
+    if slope is None:  # of a Delta or a Uniform, whose density has no path
+        return unscaled_log_prob(site)
     linear = slope * (site["value"] - z.detach())
     return log_q.detach() + sum_rightmost(linear, len(site["fn"].event_shape))
 

@@ -68,6 +68,9 @@ class Extractor:
         rgb: bool = True,
         device: torch.device | str = "cpu",
     ):
+        # Files of statistics are named after the features.
+        if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
+            raise ValueError(f"name must be that of a file, without a folder, got {name!r}")
         self.name = name
         self.network = network
         self.dim = dim

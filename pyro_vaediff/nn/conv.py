@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from ..arguments import check_whole
 from .scale import bounded_scale, upcast
 
 if TYPE_CHECKING:
@@ -234,8 +235,7 @@ def _plan(
             f"image_shape must have H = W in {', '.join(map(str, _GEOMETRIES))}, got {image_shape}"
         )
     for name, value in (("latent_dim", latent_dim), ("width", width)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive int, got {value!r}")
+        check_whole(name, value)
     if norm not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_choice, check_whole
 from ..schedules import Schedule, Tables
 from .mlp import mlp
 
@@ -61,6 +62,7 @@ class MLPDenoiser(nn.Module):
         embedding_dim: int = 100,
     ):
         super().__init__()
+        check_whole("num_timesteps", num_timesteps)
         times = torch.linspace(0, 1000, num_timesteps + 1, dtype=torch.float64)
         self.time = Tables({"embeddings": sinusoidal_embedding(times, embedding_dim)})
         self.net = mlp(latent_dim + embedding_dim, num_outputs * latent_dim, hidden_features)
@@ -112,6 +114,9 @@ class ResidualDenoiser(nn.Module):
         embedding_dim: int = 32,
     ):
         super().__init__()
+        for name, value in (("latent_dim", latent_dim), ("width", width)):
+            check_whole(name, value)
+        check_whole("num_blocks", num_blocks, least=0)
         self.time = Tables({"embeddings": log_snr_embedding(schedule, embedding_dim)})
         self.inputs = nn.Linear(latent_dim, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, embedding_dim) for _ in range(num_blocks))
@@ -164,8 +169,10 @@ def log_snr_embedding(schedule: Schedule, dim: int) -> Tensor:
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"the embedding dimension must be even and positive, got {dim}")
-    alpha_bar = schedule.original("alphas_cumprod")[1:]
-    log_snr = (alpha_bar / schedule.original("one_minus_alphas_cumprod")[1:]).log()
+    log_snr = (
+        schedule.original("log_alphas_cumprod")
+        - schedule.original("one_minus_alphas_cumprod").log()
+    )[1:]
     u = (log_snr - log_snr[-1]) / (log_snr[0] - log_snr[-1]).clamp(min=1e-12)
     angles = u.unsqueeze(-1) * torch.arange(1, dim // 2 + 1, dtype=u.dtype) * (math.pi / 2)
     embeddings = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -191,8 +198,7 @@ def make_denoiser(
         num_outputs: The number of outputs per latent dimension.
         width: The width of the hidden layers, or ``None`` for that of their own.
     """
-    if name not in DENOISERS:
-        raise ValueError(f"unknown denoiser {name!r}: choose one of {', '.join(DENOISERS)}")
+    check_choice("denoiser", name, DENOISERS)
     if name == "mlp":
         T, options = (
             schedule.num_timesteps,

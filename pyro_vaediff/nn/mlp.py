@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..arguments import check_whole
+
 __all__ = ["mlp"]
 
 
@@ -24,6 +26,8 @@ def mlp(
         activation: The activation between the layers. The paper's code has ``nn.SELU``, which takes
             many times longer on a CPU and did not fit better.
     """
+    for width in (in_features, *hidden_features, out_features):
+        check_whole("the width of a layer", width)
     layers: list[nn.Module] = []
     for width in hidden_features:
         layers += [nn.Linear(in_features, width), activation()]

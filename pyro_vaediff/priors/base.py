@@ -9,6 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_whole
+
 __all__ = ["Prior"]
 
 
@@ -27,8 +29,7 @@ class Prior(nn.Module, ABC):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        if int(latent_dim) != latent_dim or latent_dim < 1:
-            raise ValueError(f"latent_dim must be a whole number >= 1, got {latent_dim}")
+        check_whole("latent_dim", latent_dim)
         self.latent_dim = latent_dim
         self.register_buffer("origin", torch.zeros(latent_dim), persistent=False)
 

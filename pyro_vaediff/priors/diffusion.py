@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
+from ..arguments import check_choice
 from ..diffusion import at_time, normal, q_marginal, q_reverse, q_step
 from ..nn.denoiser import ResidualDenoiser
 from ..register import register
@@ -154,6 +155,8 @@ class DiffusionPrior(Prior):
             t: The timestep(s) :math:`t \geq 1`, an integer or an integer tensor with shape
                 :math:`(*)`.
         """
+        if isinstance(t, int) and t < 1:
+            raise ValueError(f"t must be from 1 to T = {self.num_timesteps}, got {t}")
         scale = at_time(self.kernel.sigmas, t)
         net = self.network(z, t)
         if self.reverse_variance == "learned":
@@ -167,6 +170,8 @@ class DiffusionPrior(Prior):
 
     def network(self, z: Tensor, t: int | Tensor) -> Tensor:
         r"""Evaluates the denoiser, in the precision of the latents also under autocast."""
+        if z.shape[-1:] != self.origin.shape:
+            raise ValueError(f"z must end in shape ({self.latent_dim},), got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             return self.denoiser(z, t)
 
@@ -176,9 +181,21 @@ class DiffusionPrior(Prior):
         Arguments:
             z: The latents :math:`z_t`, with shape :math:`(*, D)`.
             t: The timestep(s) :math:`t \geq 1`.
+
+        Raises:
+            ValueError: If the chain erases :math:`z_0`, so that nothing is to be estimated.
         """
+        self.check_signal()
         net = self.network(z, t)[..., : self.latent_dim]  # without the variance, if learned
         return at_time(self.kernel.z0_skips, t) * z + at_time(self.kernel.z0_gains, t) * net
+
+    def check_signal(self) -> None:
+        r"""Raises a ``ValueError`` if nothing is left of :math:`z_0` in :math:`z_T`."""
+        if (log_signal := self.schedule.original("log_alphas_cumprod")[-1].item()) < -60:
+            raise ValueError(
+                f"the schedule erases z_0: log alphas_cumprod is {log_signal:.0f} at T, but must "
+                "be at least -60 to estimate z_0 from z_t; choose smaller betas"
+            )
 
     # What is known without data -------------------------------------------------------------------
 
@@ -222,11 +239,6 @@ class DiffusionPrior(Prior):
         return kl
 
 
-def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {argument} {value!r}: choose one of {', '.join(choices)}")
-
-
 def reverse_tables(
     schedule: Schedule, parameterization: str, reverse_variance: str
 ) -> dict[str, Tensor]:
@@ -249,7 +261,8 @@ def reverse_tables(
     gains = {
         "mu": torch.ones_like(b),
         "z0": b,
-        "eps": -b * (one_minus / alpha_bar).sqrt(),  # z_0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar)
+        # z_0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar), where abar cancels that in b
+        "eps": -beta / (alpha * one_minus).sqrt(),
         "v": -b * one_minus.sqrt(),  # z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
     }[parameterization]
 
@@ -262,7 +275,9 @@ def reverse_tables(
     skips = (1 - variance).sqrt()
     tables = {
         "sigmas": variance.sqrt(),
-        "log_ranges": -ratio.log(),
+        # The interval is no wider than e^5, so that gradients cannot overflow in float32. That of
+        # the usual schedules is not even as wide as e^2.
+        "log_ranges": -ratio.log().clamp(min=-5.0),
         "skips": skips,
         "gains": gains,
         "noise_scales": beta / (2 * alpha * one_minus).sqrt(),

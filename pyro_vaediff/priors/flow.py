@@ -11,6 +11,7 @@ from pyro.distributions.transforms import AffineAutoregressive
 from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
+from ..arguments import check_whole
 from ..register import register
 from .base import Prior
 
@@ -43,8 +44,7 @@ class FlowPrior(Prior):
         hidden_features: Sequence[int] = (300, 300, 300),
     ):
         super().__init__(latent_dim)
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        check_whole("num_steps", num_steps)
         if not hidden_features or min(hidden_features) < 1:
             raise ValueError(f"hidden_features must be one or more widths, got {hidden_features}")
         order = torch.arange(latent_dim)

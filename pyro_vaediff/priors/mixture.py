@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_whole
 from ..nn.scale import bounded_scale
 from ..register import register
 from .base import Prior
@@ -42,7 +43,7 @@ class MixturePrior(Prior):
 
     def __init__(self, latent_dim: int, num_components: int = 500):
         super().__init__(latent_dim)
-        check_num_components(num_components)
+        check_whole("num_components", num_components)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(self.spread * torch.randn(num_components, latent_dim))
         scale = math.sqrt(1 - self.spread**2) - self.floor
@@ -113,7 +114,7 @@ class VampPrior(Prior):
         support: tuple[float, float] = (-1.0, 1.0),
     ):
         super().__init__(latent_dim)
-        check_num_components(num_components)
+        check_whole("num_components", num_components)
         if not support[0] < support[1]:
             raise ValueError(f"support must be an interval (low, high), got {support}")
         # In a tuple, the encoder is not registered as a part of the prior.
@@ -129,6 +130,9 @@ class VampPrior(Prior):
         Arguments:
             x: Images in x-space, with shape :math:`(B, C, H, W)`.
         """
+        if x.shape[1:] != self.pseudo_inputs.shape[1:]:
+            shape = ", ".join(map(str, self.pseudo_inputs.shape[1:]))
+            raise ValueError(f"x must have shape (B, {shape}), got {tuple(x.shape)}")
         x = x[: len(self.pseudo_inputs)]
         self.pseudo_inputs[: len(x)] = x
 
@@ -139,14 +143,10 @@ class VampPrior(Prior):
         u = self.pseudo_inputs
         u = u + (u.clamp(*self.support) - u).detach()
         components = self._encoder[0](u)
+        self.check_posterior(components)
         weights = dist.Categorical(logits=self.origin.new_zeros(len(u)))
         return dist.MixtureSameFamily(weights, components)
 
     def model(self) -> Tensor:
         register("prior", self)
         return pyro.sample("z_0", self.distribution())
-
-
-def check_num_components(num_components: int) -> None:
-    if int(num_components) != num_components or num_components < 1:
-        raise ValueError(f"num_components must be a whole number >= 1, got {num_components}")
