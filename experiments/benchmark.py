@@ -166,7 +166,7 @@ def provenance(device: torch.device) -> str:
 
 
 def parse_device(name: str) -> torch.device:
-    r"""Returns a device that is there, for ``argparse``."""
+    r"""Returns a device that is there, for ``argparse``, and has it compute in full float32."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -177,6 +177,8 @@ def parse_device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError("no CUDA device is available")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise argparse.ArgumentTypeError(f"{name!r} is not there: there are {count} CUDA devices")
+    # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
 
 

@@ -44,3 +44,15 @@ def _isolated():
     pyro.enable_validation(True)
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def tf32_modules():
+    r"""The modules of torch that may compute in TF32, which here they are told to."""
+    modules = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [module.allow_tf32 for module in modules]
+    for module in modules:
+        module.allow_tf32 = True
+    yield modules
+    for module, value in zip(modules, before, strict=True):
+        module.allow_tf32 = value

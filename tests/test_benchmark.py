@@ -35,6 +35,11 @@ def small(device):
     return vae, torch.rand(4, *config.image_shape, device=device) * 2 - 1
 
 
+def test_float32_is_not_tf32(benchmark, tf32_modules, device):
+    assert benchmark.parse_device(str(device)) == device
+    assert [module.allow_tf32 for module in tf32_modules] == [False, False]
+
+
 def test_quick_run_writes_its_tables(tmp_path, device):
     command = [sys.executable, str(SCRIPT), "--quick", "--device", str(device)]
     result = subprocess.run(

@@ -285,17 +285,9 @@ def test_the_same_command_gives_the_same_files_twice(run, tmp_path, monkeypatch,
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_float32_is_not_tf32(run, tmp_path):
-    modules = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [module.allow_tf32 for module in modules]
-    try:
-        for module in modules:
-            module.allow_tf32 = True
-        run(tmp_path / "run", epochs=1, prior="gaussian", features="none")
-        assert [module.allow_tf32 for module in modules] == [False, False]
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.allow_tf32 = value
+def test_float32_is_not_tf32(run, tf32_modules, tmp_path):
+    run(tmp_path / "run", epochs=1, prior="gaussian", features="none")
+    assert [module.allow_tf32 for module in tf32_modules] == [False, False]
 
 
 def test_runs_that_are_killed_at_random_moments():
