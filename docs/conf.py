@@ -35,6 +35,7 @@ exclude_patterns = ["_build", "jupyter_execute"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+suppress_warnings = ["myst-nb.lexer"]  # the language of pages that are not run is not known
 # The pages compute with small tensors, for which threads cost more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 nb_merge_streams = True
