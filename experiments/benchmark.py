@@ -42,6 +42,7 @@ from pathlib import Path
 import pyro
 import torch
 from by_hand import ByHand, check_equal
+from run import without_tf32
 from torch import Tensor, nn
 
 from pyro_vaediff.arguments import folder
@@ -177,8 +178,7 @@ def parse_device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError("no CUDA device is available")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise argparse.ArgumentTypeError(f"{name!r} is not there: there are {count} CUDA devices")
-    # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    without_tf32()
     return device
 
 

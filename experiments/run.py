@@ -238,11 +238,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def without_tf32() -> None:
+    r"""Has GPUs compute in full float32."""
+    # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available, use --device cpu or auto")
-    # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    without_tf32()
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

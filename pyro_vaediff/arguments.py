@@ -3,6 +3,7 @@ r"""Checks of arguments. Each error is one line: the argument, what it must be, 
 from __future__ import annotations
 
 import argparse
+import math
 import operator
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +20,15 @@ def check_whole(argument: str, value: object, least: int = 1, why: str = "") -> 
         least: The smallest number that is allowed.
         why: What needs it, for the message.
     """
-    try:
-        valid = operator.index(value) >= least and not isinstance(value, bool)
-    except TypeError:  # also whole floats, which do not count anything
-        valid = False
-    if not valid:
+    if not is_whole(value, least):
         raise ValueError(f"{argument} must be a whole number >= {least}{why}, got {value!r}")
+
+
+def is_whole(value: object, least: int, below: float = math.inf) -> bool:
+    try:
+        return least <= operator.index(value) < below and not isinstance(value, bool)
+    except TypeError:  # also whole floats, which do not count anything
+        return False
 
 
 def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
@@ -39,11 +43,7 @@ def check_seed(seed: object, argument: str = "seed") -> None:
 
     They take some negative numbers as well, which mean the same as others.
     """
-    try:
-        valid = 0 <= operator.index(seed) < 2**63 and not isinstance(seed, bool)
-    except TypeError:
-        valid = False
-    if not valid:
+    if not is_whole(seed, least=0, below=2**63):
         raise ValueError(f"{argument} must be a whole number in [0, 2^63), got {seed!r}")
 
 
