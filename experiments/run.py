@@ -173,6 +173,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--lr", type=float, help="learning rate of Adam")
     training.add_argument("--prior-lr", type=float, help="that of the prior, if another one")
     training.add_argument(
+        "--prior-weight-decay",
+        type=float,
+        default=0.0,
+        help="decoupled weight decay of the prior's matrices (%(default)s)",
+    )
+    training.add_argument(
         "--warmup", type=int, default=0, help="steps in which the rates rise (%(default)s)"
     )
     training.add_argument("--lr-schedule", choices=("constant", "cosine"))

@@ -75,6 +75,8 @@ class TrainConfig:
         batch_size: The number of images per step.
         lr: The learning rate of Adam.
         prior_lr: The learning rate of the prior's parameters, or ``None`` for that of the others.
+        prior_weight_decay: The decoupled weight decay of the prior's matrices, in units of the
+            learning rate; vectors, such as biases, are not decayed.
         lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step, and once more in the
             passes that train only the prior).
         warmup: The number of steps in which the learning rates rise linearly from zero.
@@ -91,6 +93,7 @@ class TrainConfig:
     batch_size: int = 100
     lr: float = 5e-4
     prior_lr: float | None = None
+    prior_weight_decay: float = 0.0
     lr_schedule: str = "constant"
     warmup: int = 0
     clip_norm: float | None = 100.0
@@ -115,6 +118,9 @@ class TrainConfig:
         clip = self.clip_norm
         if clip is not None and not (isinstance(clip, Real) and clip > 0):
             raise ValueError(f"clip_norm must be positive, got {clip!r}")
+        decay = self.prior_weight_decay
+        if not (isinstance(decay, Real) and 0 <= decay < math.inf):
+            raise ValueError(f"prior_weight_decay must be finite and at least 0, got {decay!r}")
         if not (isinstance(self.ema, Real) and 0 <= self.ema < 1):
             raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
         check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine"))

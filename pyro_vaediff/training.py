@@ -173,11 +173,16 @@ class Trainer:
     def make_optim(self) -> TorchOptim:
         r"""Returns Adam with the learning rates of the configuration, as functions of the step."""
         config, prior = self.config, list(self.vae.prior.parameters())
-        known = set(prior)
-        groups = [{"params": [p for p in self.vae.parameters() if p not in known]}]
-        if prior:
-            groups.append({"params": prior, "lr": config.prior_lr or config.lr})
-        optimizer = torch.optim.Adam(groups, lr=config.lr)
+        known, lr, decay = set(prior), config.prior_lr or config.lr, config.prior_weight_decay
+        decayed = [p for p in prior if decay and p.ndim >= 2]
+        others = [p for p in prior if not (decay and p.ndim >= 2)]
+        groups = [
+            {"params": [p for p in self.vae.parameters() if p not in known]},
+            {"params": others, "lr": lr},
+            {"params": decayed, "lr": lr, "weight_decay": decay},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
         joint, alone = (
             max(1, epochs * self.steps_per_epoch) for epochs in (config.epochs, config.prior_epochs)
         )

@@ -464,6 +464,14 @@ LIBRARY = [
     (lambda it: TrainConfig(lr=nan), "lr must be positive and finite, got nan"),
     (lambda it: TrainConfig(prior_lr=0), "prior_lr must be positive and finite, got 0"),
     (
+        lambda it: TrainConfig(prior_weight_decay=-1),
+        "prior_weight_decay must be finite and at least 0, got -1",
+    ),
+    (
+        lambda it: make_vae(ModelConfig(denoiser="preconditioned", parameterization="v")),
+        "a PreconditionedDenoiser predicts 'eps': parameterization must be 'eps', got 'v'",
+    ),
+    (
         lambda it: TrainConfig(lr_schedule="step"),
         "unknown lr_schedule 'step': choose one of constant, cosine",
     ),

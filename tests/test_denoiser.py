@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
-from pyro_vaediff.nn import DENOISERS, ResidualDenoiser, make_denoiser
+from pyro_vaediff.distributions import Normal
+from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.nn import DENOISERS, PreconditionedDenoiser, ResidualDenoiser, make_denoiser
 from pyro_vaediff.nn.denoiser import log_snr_embedding
+from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
 
 T = 20
@@ -60,3 +63,67 @@ def test_one_timestep_has_an_embedding():
 
 def test_the_tables_are_not_part_of_the_state(denoiser):
     assert not any("embedding" in name for name in denoiser.state_dict())
+
+
+# --- The preconditioned denoiser ------------------------------------------------------------------
+
+MEAN, SCALE = [0.3, -2.0], [0.2, 1.7]
+
+
+def gaussian_prior(num_timesteps, reverse_variance="beta"):
+    r"""Returns a prior whose denoiser is exact for latents from N(MEAN, SCALE^2)."""
+    schedule = LinearSchedule(num_timesteps)
+    num_outputs = 2 if reverse_variance == "learned" else 1
+    net = PreconditionedDenoiser(2, schedule, num_outputs, width=8)
+    with torch.no_grad():
+        net.mean.copy_(torch.tensor(MEAN))
+        net.log_scale.copy_(torch.tensor(SCALE).log() / net.gain)
+    prior = DiffusionPrior(2, num_timesteps, schedule, net, reverse_variance=reverse_variance)
+    return prior.to(torch.float64)
+
+
+def test_preconditioning_denoises_gaussian_latents_exactly():
+    prior, t = gaussian_prior(50), torch.tensor([1, 7, 30, 50])
+    torch.testing.assert_close(prior.denoiser.scale, torch.tensor(SCALE).double())
+    z = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alpha_bar = prior.schedule.original("alphas_cumprod")[t, None]
+    m, s = torch.tensor(MEAN).double(), torch.tensor(SCALE).double()
+    gain = alpha_bar.sqrt() * s**2 / (alpha_bar * s**2 + 1 - alpha_bar)
+    expected = m + gain * (z - alpha_bar.sqrt() * m)
+    torch.testing.assert_close(prior.denoise(z, t), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("reverse_variance", ["beta", "learned"])
+def test_the_chain_of_a_preconditioned_prior_ends_in_its_moments(reverse_variance):
+    prior = gaussian_prior(4000, reverse_variance)
+    mean, variance = torch.zeros(2).double(), torch.ones(2).double()
+    with torch.no_grad():
+        for t in range(4000, 0, -1):  # the reverse kernel is affine: its moments are exact
+            ends = prior.reverse(torch.stack([torch.zeros(2), torch.ones(2)]).double(), t)
+            offset, slope = ends.mean[0], ends.mean[1] - ends.mean[0]
+            mean, variance = slope * mean + offset, slope**2 * variance + ends.variance[0]
+    # up to the discretization and what is left of z_0 in z_T, both of order 1 / T here
+    torch.testing.assert_close(mean, torch.tensor(MEAN).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(variance.sqrt(), torch.tensor(SCALE).double(), atol=0, rtol=0.02)
+
+
+def test_the_bound_of_a_preconditioned_prior_is_the_kl_of_gaussians():
+    torch.manual_seed(0)
+    prior = gaussian_prior(1000)
+    q = Normal(torch.tensor(MEAN).double() + 0.1, torch.full((2,), 0.15).double()).to_event(1)
+    p = Normal(torch.tensor(MEAN).double(), torch.tensor(SCALE).double()).to_event(1)
+    kl = torch.distributions.kl_divergence(q, p)
+    elbo = Timestep_ELBO("all", conditioning="x", entropy="exact")
+    with torch.no_grad():
+        losses = torch.stack(
+            [elbo.differentiable_loss(lambda _: prior.model(), prior.guide, q) for _ in range(200)]
+        )
+    assert losses.mean() > kl - 4 * losses.std() / len(losses) ** 0.5  # a bound
+    assert losses.mean() < kl + 0.05 + 4 * losses.std() / len(losses) ** 0.5  # and a tight one
+
+
+def test_preconditioning_is_for_a_network_that_predicts_the_noise():
+    schedule = LinearSchedule(T)
+    with pytest.raises(ValueError, match=r"^a PreconditionedDenoiser predicts 'eps'.* got 'v'$"):
+        net = PreconditionedDenoiser(2, schedule)
+        DiffusionPrior(2, T, schedule, net, parameterization="v")

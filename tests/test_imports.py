@@ -15,7 +15,8 @@ ROOT = Path(pyro_vaediff.__file__).parent
 LAYERS = (
     {"arguments"},
     {"schedules", "register", "distributions", "checkpoint", "config", "distributed"},
-    {"diffusion", "nn"},
+    {"diffusion"},
+    {"nn"},
     {"likelihoods"},
     {"priors"},
     {"vae"},

@@ -73,6 +73,7 @@ SETTINGS = {
         "gaussian_epochs": 1,
         "prior_epochs": 2,
         "prior_lr": 1e-2,
+        "prior_weight_decay": 0.1,
         "warmup": 2,
         "lr_schedule": "cosine",
     },
@@ -664,6 +665,18 @@ def test_the_learning_rates_follow_the_phases(make_trainer):
     factors = [0.5, *(cosine(i / 6) for i in range(1, 6)), *(cosine(i / 3) for i in range(3))]
     assert [rate[0] for rate in rates] == pytest.approx([1e-3 * f for f in factors])
     assert [rate[1] for rate in rates] == pytest.approx([1e-2 * f for f in factors])
+
+
+def test_weight_decay_is_of_the_matrices_of_the_prior(make_trainer):
+    trainer = make_trainer(1, out=None, lr=1e-3, prior_lr=1e-2, prior_weight_decay=0.5)
+    before, optimizer = weights(trainer.vae), trainer.optim.optimizer
+    for parameter in trainer.vae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # nothing moves but by the decay
+    after = weights(trainer.vae)
+    for name, parameter in trainer.vae.named_parameters():
+        factor = 1 - 1e-2 * 0.5 if name.startswith("prior.") and parameter.ndim >= 2 else 1.0
+        torch.testing.assert_close(after[name], before[name] * factor, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "diffusion"])

@@ -1,7 +1,14 @@
 r"""Networks. Encoders and decoders return distributions."""
 
 from .conv import ConvDecoder, ConvEncoder
-from .denoiser import DENOISERS, MLPDenoiser, ResidualDenoiser, make_denoiser, sinusoidal_embedding
+from .denoiser import (
+    DENOISERS,
+    MLPDenoiser,
+    PreconditionedDenoiser,
+    ResidualDenoiser,
+    make_denoiser,
+    sinusoidal_embedding,
+)
 from .mlp import mlp
 from .paper import paper_decoder, paper_encoder
 from .scale import bounded_scale, upcast
@@ -11,6 +18,7 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "MLPDenoiser",
+    "PreconditionedDenoiser",
     "ResidualDenoiser",
     "bounded_scale",
     "make_denoiser",

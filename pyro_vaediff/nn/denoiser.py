@@ -10,10 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import check_choice, check_whole
+from ..diffusion import at_time
 from ..schedules import Schedule, Tables
 from .mlp import mlp
 
-__all__ = ["DENOISERS", "MLPDenoiser", "ResidualDenoiser", "make_denoiser", "sinusoidal_embedding"]
+__all__ = [
+    "DENOISERS",
+    "MLPDenoiser",
+    "PreconditionedDenoiser",
+    "ResidualDenoiser",
+    "make_denoiser",
+    "sinusoidal_embedding",
+]
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
@@ -140,6 +148,74 @@ class ResidualDenoiser(nn.Module):
         return self.outputs(F.silu(h))
 
 
+class PreconditionedDenoiser(ResidualDenoiser):
+    r"""A residual denoiser that knows the mean and the scale of the clean latents.
+
+    If the latents were :math:`z_0 \sim \mathcal{N}(m, \mathrm{diag}(s^2))`, then :math:`z_t` would
+    have the variance :math:`v_t = \bar\alpha_t s^2 + 1 - \bar\alpha_t`, and its noise would be
+
+    .. math:: E[\epsilon | z_t] = \sqrt{1 - \bar\alpha_t} \, v_t^{-1}
+        (z_t - \sqrt{\bar\alpha_t} \, m) .
+
+    The network :math:`F` sees standardized latents and is left with the departure from this,
+
+    .. math:: E[\epsilon | z_t] - \sqrt{1 - \bar\alpha_t} \, z_t + \sqrt{\bar\alpha_t} \, s \,
+        v_t^{-1/2} \, F(v_t^{-1/2} (z_t - \sqrt{\bar\alpha_t} \, m), t) ,
+
+    where the second term is what a :class:`~pyro_vaediff.priors.DiffusionPrior` adds by itself. The
+    moments :math:`m, s` are learned, and start at 0 and 1: an encoder that is trained with the
+    prior moves them. Like that of the other denoisers, the output starts at zero.
+
+    Arguments:
+        latent_dim: The number of latent dimensions :math:`D`.
+        schedule: The variance schedule.
+        num_outputs: The number of outputs per latent dimension.
+        options: Further arguments of :class:`ResidualDenoiser`.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
+        | https://arxiv.org/abs/2206.00364
+    """
+
+    #: What it predicts, the only ``parameterization`` of a prior that it is for.
+    parameterization = "eps"
+
+    def __init__(self, latent_dim: int, schedule: Schedule, num_outputs: int = 1, **options):
+        super().__init__(latent_dim, schedule, num_outputs, **options)
+        self.mean = nn.Parameter(torch.zeros(latent_dim))
+        # The scale has to follow the encoder, at the learning rate of the networks.
+        self.gain = 10.0
+        self.log_scale = nn.Parameter(torch.zeros(latent_dim))  # 1 / gain of it
+        names = ("alphas_cumprod", "one_minus_alphas_cumprod")
+        self.noise = Tables({name: schedule.original(name) for name in names})
+
+    @property
+    def scale(self) -> Tensor:
+        r"""The scale :math:`s` of the clean latents, with shape :math:`(D,)`."""
+        return torch.exp(self.gain * self.log_scale)
+
+    def forward(self, z: Tensor, t: int | Tensor) -> Tensor:
+        r"""Evaluates the network.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, D)`.
+            t: The timestep(s), an integer or an integer tensor broadcastable to shape :math:`(*)`.
+
+        Returns:
+            The outputs, with shape :math:`(*, D)`, or :math:`(*, n D)` for :math:`n` outputs.
+        """
+        alpha_bar = at_time(self.noise.alphas_cumprod, t)
+        one_minus = at_time(self.noise.one_minus_alphas_cumprod, t)
+        root, scale = alpha_bar.sqrt(), self.scale
+        variance = alpha_bar * scale.square() + one_minus
+        # 1 / v_t - 1 without cancellation, where v_t is close to one
+        anchor = alpha_bar * (1 - scale.square()) * z - root * self.mean
+        u = (z - root * self.mean) / variance.sqrt()
+        net, *others = super().forward(u, t).split(z.shape[-1], dim=-1)
+        eps = one_minus.sqrt() * anchor / variance + root * scale / variance.sqrt() * net
+        return torch.cat([eps, *others], dim=-1) if others else eps
+
+
 class ResidualBlock(nn.Module):
     r"""Adds an MLP of the normalized features and of the embedding of the time."""
 
@@ -179,7 +255,11 @@ def log_snr_embedding(schedule: Schedule, dim: int) -> Tensor:
     return torch.cat([embeddings[:1], embeddings])
 
 
-DENOISERS: dict[str, type[nn.Module]] = {"mlp": MLPDenoiser, "residual": ResidualDenoiser}
+DENOISERS: dict[str, type[nn.Module]] = {
+    "mlp": MLPDenoiser,
+    "residual": ResidualDenoiser,
+    "preconditioned": PreconditionedDenoiser,
+}
 
 
 def make_denoiser(
@@ -192,7 +272,7 @@ def make_denoiser(
     r"""Returns the denoiser of that name.
 
     Arguments:
-        name: ``"mlp"`` or ``"residual"``.
+        name: ``"mlp"``, ``"residual"`` or ``"preconditioned"``.
         latent_dim: The number of latent dimensions :math:`D`.
         schedule: The variance schedule.
         num_outputs: The number of outputs per latent dimension.
@@ -206,4 +286,4 @@ def make_denoiser(
         )
         return MLPDenoiser(latent_dim, T, num_outputs, **options)
     options = {} if width is None else {"width": width}
-    return ResidualDenoiser(latent_dim, schedule, num_outputs, **options)
+    return DENOISERS[name](latent_dim, schedule, num_outputs, **options)

@@ -96,6 +96,11 @@ class DiffusionPrior(Prior):
             num_outputs = 2 if reverse_variance == "learned" else 1
             denoiser = ResidualDenoiser(latent_dim, self.schedule, num_outputs)
         self.denoiser = denoiser
+        if (theirs := getattr(denoiser, "parameterization", parameterization)) != parameterization:
+            raise ValueError(
+                f"a {type(denoiser).__name__} predicts {theirs!r}: parameterization must be "
+                f"{theirs!r}, got {parameterization!r}"
+            )
 
         self.kernel = Tables(reverse_tables(self.schedule, parameterization, reverse_variance))
 
