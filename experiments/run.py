@@ -115,6 +115,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--num-timesteps", type=int, default=1000, help="T (%(default)s)")
     model.add_argument("--schedule", default="linear", help="linear, cosine (%(default)s)")
+    model.add_argument(
+        "--beta-min", type=float, default=1e-4, help="first of the linear schedule (%(default)s)"
+    )
+    model.add_argument(
+        "--beta-max", type=float, default=0.02, help="last of the linear schedule (%(default)s)"
+    )
     model.add_argument("--parameterization", default="eps", help="eps, z0, mu, v (%(default)s)")
     model.add_argument(
         "--reverse-variance", default="beta", help="beta, beta_tilde, learned (%(default)s)"

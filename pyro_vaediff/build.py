@@ -11,7 +11,7 @@ from .nn import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
 from .nn.denoiser import DENOISERS, make_denoiser
 from .priors import PRIORS, DiffusionPrior, FlowPrior, MixturePrior, Prior, VampPrior
 from .priors.diffusion import PARAMETERIZATIONS, REVERSE_VARIANCES
-from .schedules import SCHEDULES, make_schedule
+from .schedules import SCHEDULES, LinearSchedule, make_schedule
 from .vae import VAE
 
 __all__ = ["make_prior", "make_vae"]
@@ -46,11 +46,15 @@ def make_prior(config: ModelConfig, encoder: nn.Module | None = None) -> Prior:
         width = config.prior_width
         return FlowPrior(D) if width is None else FlowPrior(D, hidden_features=(width,) * 3)
     if config.prior == "diffusion":
-        schedule = make_schedule(config.schedule, config.num_timesteps)
+        T = config.num_timesteps
+        if config.schedule == "linear":
+            schedule = LinearSchedule(T, config.beta_min, config.beta_max)
+        else:
+            schedule = make_schedule(config.schedule, T)
         num_outputs = 2 if config.reverse_variance == "learned" else 1
         return DiffusionPrior(
             D,
-            config.num_timesteps,
+            T,
             schedule=schedule,
             denoiser=make_denoiser(
                 config.denoiser, D, schedule, num_outputs=num_outputs, width=config.prior_width

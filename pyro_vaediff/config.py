@@ -31,6 +31,8 @@ class ModelConfig:
             :data:`~pyro_vaediff.nn.denoiser.DENOISERS`.
         num_timesteps: The number of steps :math:`T` of a diffusion prior.
         schedule: The variance schedule of a diffusion prior.
+        beta_min: The first of the thousand variances of the linear schedule.
+        beta_max: The last of the thousand variances of the linear schedule.
         parameterization: What the denoiser of a diffusion prior predicts.
         reverse_variance: The reverse variance of a diffusion prior.
     """
@@ -47,6 +49,8 @@ class ModelConfig:
     denoiser: str = "residual"
     num_timesteps: int = 1000
     schedule: str = "linear"
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
     parameterization: str = "eps"
     reverse_variance: str = "beta"
 

@@ -468,6 +468,10 @@ LIBRARY = [
         "prior_weight_decay must be finite and at least 0, got -1",
     ),
     (
+        lambda it: make_vae(ModelConfig(beta_min=0.5, beta_max=0.1)),
+        r"expected 0 < beta_min <= beta_max < 1, got 0\.5, 0\.1",
+    ),
+    (
         lambda it: make_vae(ModelConfig(denoiser="preconditioned", parameterization="v")),
         "a PreconditionedDenoiser predicts 'eps': parameterization must be 'eps', got 'v'",
     ),

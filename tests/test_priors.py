@@ -15,6 +15,8 @@ from pyro import poutine
 from torch import nn
 
 from pyro_vaediff import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, VampPrior
+from pyro_vaediff.build import make_prior
+from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.diffusion import q_reverse
 from pyro_vaediff.nn import MLPDenoiser, ResidualDenoiser, make_denoiser
 from pyro_vaediff.schedules import LinearSchedule, Schedule
@@ -48,6 +50,14 @@ class Constant(nn.Module):
 
 def exact(actual, expected, atol=1e-10):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def test_a_configuration_sets_the_ends_of_the_linear_schedule():
+    config = ModelConfig("diffusion", num_timesteps=7, beta_min=1e-5, beta_max=0.04)
+    expected = LinearSchedule(7, 1e-5, 0.04).original("betas")
+    exact(make_prior(config).schedule.original("betas"), expected)
+    default = make_prior(ModelConfig("diffusion", num_timesteps=7)).schedule.original("betas")
+    exact(default, LinearSchedule(7).original("betas"))
 
 
 # --- The start at N(0, I) -------------------------------------------------------------------------
