@@ -195,15 +195,6 @@ class PreconditionedDenoiser(ResidualDenoiser):
         return torch.exp(self.gain * self.log_scale)
 
     def forward(self, z: Tensor, t: int | Tensor) -> Tensor:
-        r"""Evaluates the network.
-
-        Arguments:
-            z: The latents :math:`z_t`, with shape :math:`(*, D)`.
-            t: The timestep(s), an integer or an integer tensor broadcastable to shape :math:`(*)`.
-
-        Returns:
-            The outputs, with shape :math:`(*, D)`, or :math:`(*, n D)` for :math:`n` outputs.
-        """
         alpha_bar = at_time(self.noise.alphas_cumprod, t)
         one_minus = at_time(self.noise.one_minus_alphas_cumprod, t)
         root, scale = alpha_bar.sqrt(), self.scale
