@@ -12,6 +12,7 @@ from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.nn import DENOISERS, PreconditionedDenoiser, ResidualDenoiser, make_denoiser
 from pyro_vaediff.nn.denoiser import log_snr_embedding
 from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.probability_flow import ProbabilityFlow
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
 
 T = 20
@@ -120,6 +121,22 @@ def test_the_bound_of_a_preconditioned_prior_is_the_kl_of_gaussians():
         )
     assert losses.mean() > kl - 4 * losses.std() / len(losses) ** 0.5  # a bound
     assert losses.mean() < kl + 0.05 + 4 * losses.std() / len(losses) ** 0.5  # and a tight one
+
+
+def test_the_probability_flow_of_a_preconditioned_prior_has_the_density_of_its_moments():
+    prior, m, s = gaussian_prior(1000), torch.tensor(MEAN).double(), torch.tensor(SCALE).double()
+    p = Normal(m, s).to_event(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        z = p.sample((50,))
+    # The flow is affine, and carries z to where N(m, s^2) has not quite become N(0, I).
+    alpha_bar = prior.schedule.original("alphas_cumprod")[-1]
+    mean, scale = alpha_bar.sqrt() * m, (alpha_bar * s**2 + 1 - alpha_bar).sqrt()
+    z_T = mean + scale / s * (z - m)
+    start, noised = Normal(torch.zeros_like(m), 1.0).to_event(1), Normal(mean, scale).to_event(1)
+    expected = p.log_prob(z) + start.log_prob(z_T) - noised.log_prob(z_T)
+    log_prob = ProbabilityFlow(prior, num_steps=1000).log_prob(z)  # of second order in 1 / T
+    torch.testing.assert_close(log_prob, expected, atol=1e-3, rtol=0)
 
 
 def test_preconditioning_is_for_a_network_that_predicts_the_noise():

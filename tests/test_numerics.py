@@ -22,7 +22,13 @@ from pyro_vaediff.diffusion import base_normal, kl_normal
 from pyro_vaediff.evaluation import preprocess
 from pyro_vaediff.infer import PROPOSALS, Importance, Timestep_ELBO, elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
-from pyro_vaediff.nn import ConvDecoder, ConvEncoder, ResidualDenoiser, bounded_scale
+from pyro_vaediff.nn import (
+    ConvDecoder,
+    ConvEncoder,
+    PreconditionedDenoiser,
+    ResidualDenoiser,
+    bounded_scale,
+)
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.priors.diffusion import PARAMETERIZATIONS, REVERSE_VARIANCES
 from pyro_vaediff.probability_flow import ProbabilityFlow
@@ -114,16 +120,22 @@ def test_schedules_that_are_refused(betas):
     conditioning=st.sampled_from(("z_0", "x")),
     timesteps=st.sampled_from(tuple(PROPOSALS)),
     entropy=st.sampled_from(("exact", "path")),
+    preconditioned=st.booleans(),
 )
 def test_chains_are_finite(
     schedule, latent_dim, log_scale, size, dtype, parameterization, reverse_variance, conditioning,
-    timesteps, entropy,
+    timesteps, entropy, preconditioned,
 ):  # fmt: skip
     r"""Any length, dimension and schedule, with encoder scales from 1e-6 to 1e3."""
     torch.manual_seed(0)
     T, num_outputs = schedule.num_timesteps, 2 if reverse_variance == "learned" else 1
-    denoiser = ResidualDenoiser(latent_dim, schedule, num_outputs, width=8, num_blocks=1)
+    preconditioned &= parameterization == "eps"
+    network = PreconditionedDenoiser if preconditioned else ResidualDenoiser
+    denoiser = network(latent_dim, schedule, num_outputs, width=8, num_blocks=1)
     torch.nn.init.normal_(denoiser.outputs.weight, std=0.3)
+    if preconditioned:
+        torch.nn.init.normal_(denoiser.mean)
+        torch.nn.init.normal_(denoiser.log_scale, std=0.2)  # scales around e^-2 to e^2
     prior = DiffusionPrior(latent_dim, T, schedule, denoiser, parameterization, reverse_variance)
     prior = prior.to(dtype)
     loc = torch.randn(size, latent_dim, dtype=dtype, requires_grad=True)
