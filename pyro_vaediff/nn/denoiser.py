@@ -198,12 +198,12 @@ class PreconditionedDenoiser(ResidualDenoiser):
         alpha_bar = at_time(self.noise.alphas_cumprod, t)
         one_minus = at_time(self.noise.one_minus_alphas_cumprod, t)
         root, scale = alpha_bar.sqrt(), self.scale
-        variance = alpha_bar * scale.square() + one_minus
+        mean, variance = root * self.mean, alpha_bar * scale.square() + one_minus
+        std = variance.sqrt()
         # 1 / v_t - 1 without cancellation, where v_t is close to one
-        anchor = alpha_bar * (1 - scale.square()) * z - root * self.mean
-        u = (z - root * self.mean) / variance.sqrt()
-        net, *others = super().forward(u, t).split(z.shape[-1], dim=-1)
-        eps = one_minus.sqrt() * anchor / variance + root * scale / variance.sqrt() * net
+        anchor = alpha_bar * (1 - scale.square()) * z - mean
+        net, *others = super().forward((z - mean) / std, t).split(z.shape[-1], dim=-1)
+        eps = one_minus.sqrt() * anchor / variance + root * scale / std * net
         return torch.cat([eps, *others], dim=-1) if others else eps
 
 
