@@ -33,7 +33,6 @@ import copy
 import datetime
 import platform
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -45,7 +44,7 @@ from by_hand import ByHand, check_equal
 from run import without_tf32
 from torch import Tensor, nn
 
-from pyro_vaediff.arguments import folder
+from pyro_vaediff.arguments import exit_on_error, folder
 from pyro_vaediff.bench.cost import milliseconds
 from pyro_vaediff.build import make_vae
 from pyro_vaediff.checkpoint import check_folder, write_atomically, write_csv
@@ -240,7 +239,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")

@@ -47,7 +47,7 @@ from benchmark import parse_device, provenance
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vaediff.arguments import check_seed, folder
+from pyro_vaediff.arguments import check_seed, exit_on_error, folder
 from pyro_vaediff.bench import (
     BASELINE,
     ENTRIES,
@@ -311,7 +311,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")

@@ -47,7 +47,7 @@ from run import DEFAULTS
 from tqdm import tqdm
 from train_estimators import check_settings
 
-from pyro_vaediff.arguments import check_seed, folder
+from pyro_vaediff.arguments import check_seed, exit_on_error, folder
 from pyro_vaediff.checkpoint import check_folder, write_json
 from pyro_vaediff.data import DATASETS, load
 
@@ -117,9 +117,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error("the same command continues"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command continues")

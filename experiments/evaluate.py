@@ -18,7 +18,6 @@ them. A run that has been evaluated with the same options is left as it is.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from benchmark import parse_device
 
-from pyro_vaediff.arguments import check_seed
+from pyro_vaediff.arguments import check_seed, exit_on_error
 from pyro_vaediff.checkpoint import read_json, write_json
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.evaluation import evaluate
@@ -183,9 +182,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error("runs that were evaluated are kept"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: runs that were evaluated are kept")

@@ -50,7 +50,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
-import sys
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -61,7 +60,7 @@ from grid_page import save_pictures, write_tables
 from grid_runs import Runner, check_settings, command
 from run import choose_device
 
-from pyro_vaediff.arguments import folder
+from pyro_vaediff.arguments import exit_on_error, folder
 from pyro_vaediff.checkpoint import check_folder
 
 
@@ -147,9 +146,5 @@ def interrupt(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with exit_on_error("the same command continues"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command continues")

@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from pyro_vaediff.arguments import check_seed, folder
+from pyro_vaediff.arguments import check_seed, exit_on_error, folder
 from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, training_step
 from pyro_vaediff.build import make_vae
 from pyro_vaediff.checkpoint import (
@@ -303,7 +303,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")

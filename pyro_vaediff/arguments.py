@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import operator
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_choice", "check_seed", "check_whole", "folder"]
+__all__ = ["check_choice", "check_seed", "check_whole", "exit_on_error", "folder"]
 
 
 def check_whole(argument: str, value: object, least: int = 1, why: str = "") -> None:
@@ -52,3 +54,21 @@ def folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError(f"must be the path of a folder, got {text!r}")
     return Path(text)
+
+
+@contextmanager
+def exit_on_error(interrupted: str | None = None) -> Iterator[None]:
+    r"""Ends a script with one line, and not a traceback, if its input is not valid.
+
+    Arguments:
+        interrupted: What to tell whoever interrupts the script, or ``None`` for a traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        # Pyro appends the shapes of the trace to an error that is raised inside a program.
+        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        sys.exit(f"interrupted: {interrupted}")

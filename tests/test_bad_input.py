@@ -20,6 +20,7 @@ from bad_inputs import LIBRARY, SCRIPTS
 from image_files import write_folder
 from scripts import EXPERIMENTS, script_errors
 
+from pyro_vaediff.arguments import exit_on_error
 from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint
 from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import load
@@ -159,3 +160,10 @@ def module(name):
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
+
+
+def test_an_interrupt_is_told_or_passed_on():
+    with pytest.raises(SystemExit, match=r"^interrupted: try again$"), exit_on_error("try again"):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), exit_on_error():
+        raise KeyboardInterrupt
