@@ -46,11 +46,11 @@ from torch import Tensor, nn
 
 from pyro_vaediff.arguments import exit_on_error, folder
 from pyro_vaediff.bench.cost import milliseconds
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import check_folder, write_atomically, write_csv
-from pyro_vaediff.config import ModelConfig
+from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.svi import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
 from pyro_vaediff.vae import VAE
 
 CONFIGS = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_vaediff.arguments import check_whole
 from pyro_vaediff.infer import Importance, Timestep_ELBO, Timesteps
 from pyro_vaediff.nn import bounded_scale
-from pyro_vaediff.svi import per_datum
+from pyro_vaediff.train.optim import per_datum
 from pyro_vaediff.vae import VAE
 
 

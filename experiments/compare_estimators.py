@@ -68,11 +68,11 @@ from pyro_vaediff.bench import (
     write_page,
     write_pictures,
 )
-from pyro_vaediff.checkpoint import check_folder, load_checkpoint, write_csv
-from pyro_vaediff.evaluation import preprocess
+from pyro_vaediff.evaluate.elbo import preprocess
+from pyro_vaediff.files import check_folder, load_checkpoint, write_csv
 from pyro_vaediff.infer import Importance, Uniform
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.training import BEST, load_data, load_vae
+from pyro_vaediff.train.loop import BEST, load_data, load_vae
 from pyro_vaediff.vae import VAE
 
 # The estimators whose errors are plotted against the number of samples.

@@ -48,8 +48,8 @@ from tqdm import tqdm
 from train_estimators import check_settings
 
 from pyro_vaediff.arguments import check_seed, exit_on_error, folder
-from pyro_vaediff.checkpoint import check_folder, write_json
 from pyro_vaediff.data import DATASETS, load
+from pyro_vaediff.files import check_folder, write_json
 
 FREE = ("seeds", "runs", "root", "no_download", "quiet", "out", "argv")
 

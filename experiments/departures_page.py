@@ -15,7 +15,7 @@ from departures_runs import PRIORS, RUNS
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
 
-from pyro_vaediff.checkpoint import write_atomically, write_csv
+from pyro_vaediff.files import write_atomically, write_csv
 from pyro_vaediff.plotting.style import BLUE, FONT, ORANGE, VERMILLION, slide, write
 
 

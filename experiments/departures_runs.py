@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.data import ImageData, batches
 from pyro_vaediff.diffusion import base_normal
-from pyro_vaediff.evaluation import evaluating, in_batches, preprocess
+from pyro_vaediff.evaluate import load_extractor
+from pyro_vaediff.evaluate.elbo import evaluating, in_batches, preprocess
 from pyro_vaediff.infer import Importance, Timestep_ELBO, TraceKL_ELBO, Uniform, elbo_terms
 from pyro_vaediff.infer.departures import (
     LogVarianceAsLogScale,
@@ -32,10 +31,11 @@ from pyro_vaediff.infer.departures import (
     constant_errors,
 )
 from pyro_vaediff.likelihoods import make_likelihood
-from pyro_vaediff.metrics import load_extractor
 from pyro_vaediff.nn import ConvEncoder
-from pyro_vaediff.report import frechet_distances
-from pyro_vaediff.svi import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.report import frechet_distances
 from pyro_vaediff.vae import VAE
 
 # What is trained ----------------------------------------------------------------------------------

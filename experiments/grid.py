@@ -14,8 +14,8 @@ from typing import Any
 
 import run
 
-from pyro_vaediff.checkpoint import read_json
 from pyro_vaediff.data import DATASETS
+from pyro_vaediff.files import read_json
 from pyro_vaediff.priors import PRIORS
 
 if sys.version_info >= (3, 11):

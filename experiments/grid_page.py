@@ -11,13 +11,13 @@ from grid import Cell, Preset
 from run import parse_args
 from torch import Tensor
 
-from pyro_vaediff.checkpoint import read_json, write_atomically, write_csv
 from pyro_vaediff.data import ImageData, load
-from pyro_vaediff.evaluation import preprocess
+from pyro_vaediff.evaluate.elbo import preprocess
+from pyro_vaediff.files import read_json, write_atomically, write_csv
 from pyro_vaediff.plotting import save_panels
-from pyro_vaediff.samplers import reconstruct, sample
+from pyro_vaediff.sampling.samplers import reconstruct, sample
 from pyro_vaediff.summary import flatten, page, summarize, with_all_keys
-from pyro_vaediff.training import BEST, load_vae
+from pyro_vaediff.train.loop import BEST, load_vae
 
 NUM_IMAGES = 36  # in a panel of a picture
 

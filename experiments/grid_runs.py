@@ -15,8 +15,8 @@ from pathlib import Path
 from grid import Cell
 from tqdm import tqdm
 
-from pyro_vaediff.checkpoint import read_json, write_json
-from pyro_vaediff.training import CHECKPOINT, METRICS
+from pyro_vaediff.files import read_json, write_json
+from pyro_vaediff.train.loop import CHECKPOINT, METRICS
 
 __all__ = ["Runner", "check_settings", "command"]
 

@@ -40,18 +40,18 @@ from pathlib import Path
 import pyro
 import torch
 
-from pyro_vaediff import distributed
 from pyro_vaediff.arguments import check_whole, folder
-from pyro_vaediff.checkpoint import check_folder, write_json
-from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import DATASETS, load
-from pyro_vaediff.evaluation import value_elbo
+from pyro_vaediff.evaluate import EXTRACTORS, load_extractor
+from pyro_vaediff.evaluate.elbo import value_elbo
+from pyro_vaediff.files import check_folder, write_json
 from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo, particle_options
-from pyro_vaediff.metrics import EXTRACTORS, load_extractor
 from pyro_vaediff.nn import DENOISERS
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.report import report
-from pyro_vaediff.training import CHECKPOINT, NonFiniteError, Trainer
+from pyro_vaediff.train import distributed
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import CHECKPOINT, NonFiniteError, Trainer
+from pyro_vaediff.train.report import report
 
 # What a setting is if it is not given. The paper's, where it has a say.
 DEFAULTS: dict[str, dict[str, object]] = {

@@ -61,7 +61,7 @@ from grid_runs import Runner, check_settings, command
 from run import choose_device
 
 from pyro_vaediff.arguments import exit_on_error, folder
-from pyro_vaediff.checkpoint import check_folder
+from pyro_vaediff.files import check_folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -50,21 +50,21 @@ from tqdm import tqdm
 
 from pyro_vaediff.arguments import check_seed, exit_on_error, folder
 from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, training_step
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import (
+from pyro_vaediff.data import DATASETS, ImageData, batches, load
+from pyro_vaediff.evaluate.elbo import evaluate, preprocess, value_elbo
+from pyro_vaediff.files import (
     check_folder,
     read_json,
     write_atomically,
     write_csv,
     write_json,
 )
-from pyro_vaediff.config import ModelConfig
-from pyro_vaediff.data import DATASETS, ImageData, batches, load
-from pyro_vaediff.evaluation import evaluate, preprocess, value_elbo
 from pyro_vaediff.plotting import plot_training
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.svi import SVI, TorchOptim, per_datum
-from pyro_vaediff.training import load_data, load_vae
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train.loop import load_data, load_vae
+from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
 from pyro_vaediff.vae import VAE
 
 Curve = list[dict[str, float]]

@@ -21,21 +21,9 @@ from pyro_vaediff import (
     VampPrior,
 )
 from pyro_vaediff.bench import Oracle, linear_gaussian_vae
-from pyro_vaediff.build import make_prior, make_vae
-from pyro_vaediff.checkpoint import check_folder, load_checkpoint, read_json
-from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import ImageData, batches, load
 from pyro_vaediff.diffusion import q_marginal
-from pyro_vaediff.evaluation import evaluate
-from pyro_vaediff.infer import Importance, LossAware, elbo_terms, make_elbo, particle_options
-from pyro_vaediff.likelihoods import (
-    BernoulliLikelihood,
-    CategoricalLikelihood,
-    GaussianLikelihood,
-    make_likelihood,
-)
-from pyro_vaediff.log_likelihood import log_likelihood, prior_log_prob
-from pyro_vaediff.metrics import (
+from pyro_vaediff.evaluate import (
     Extractor,
     FeatureStatistics,
     frechet_distance,
@@ -44,13 +32,25 @@ from pyro_vaediff.metrics import (
     load_extractor,
     reference_statistics,
 )
+from pyro_vaediff.evaluate.elbo import evaluate
+from pyro_vaediff.evaluate.log_likelihood import log_likelihood, prior_log_prob
+from pyro_vaediff.evaluate.surgery import elbo_surgery
+from pyro_vaediff.files import check_folder, load_checkpoint, read_json
+from pyro_vaediff.infer import Importance, LossAware, elbo_terms, make_elbo, particle_options
+from pyro_vaediff.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    GaussianLikelihood,
+    make_likelihood,
+)
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder, MLPDenoiser, ResidualDenoiser
 from pyro_vaediff.plotting import plot_history, save_image_grid
-from pyro_vaediff.probability_flow import ProbabilityFlow
-from pyro_vaediff.samplers import ddim, interpolate, reconstruct, sample, trajectory
+from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
+from pyro_vaediff.sampling.samplers import ddim, interpolate, reconstruct, sample, trajectory
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule, make_schedule
-from pyro_vaediff.surgery import elbo_surgery
-from pyro_vaediff.training import load_data, load_vae
+from pyro_vaediff.train.build import make_prior, make_vae
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import load_data, load_vae
 
 nan, inf = math.nan, math.inf
 

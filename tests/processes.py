@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from pyro_vaediff.distributed import process_group
+from pyro_vaediff.train.distributed import process_group
 
 TIMEOUT = 120  # seconds of a machine that has other things to do; one takes less than 10
 
 context = multiprocessing.get_context("forkserver")
 # torch imports the second one at the first step of an optimizer, for more than a second.
-context.set_forkserver_preload(["pytest", "torch._dynamo", "pyro_vaediff.training"])
+context.set_forkserver_preload(["pytest", "torch._dynamo", "pyro_vaediff.train.loop"])
 
 
 def together(function: Callable, size: int, *args: Any, **kwargs: Any) -> list[Any]:

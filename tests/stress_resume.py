@@ -37,9 +37,10 @@ from typing import Any
 import torch
 import torch._dynamo  # which the first step of an optimizer imports
 
-from pyro_vaediff import checkpoint, svi, training
-from pyro_vaediff.checkpoint import load_checkpoint
+from pyro_vaediff import files
 from pyro_vaediff.data import load
+from pyro_vaediff.files import load_checkpoint
+from pyro_vaediff.train import loop, optim
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import run as script
@@ -154,14 +155,14 @@ class Run:
         return True
 
     def run(self, phases: Phases, at: float | None, summary: Path | None) -> None:
-        phases.watch(svi.SVI, "step", "step")
-        phases.watch(training.Trainer, "validate", "validation")
-        phases.watch(checkpoint, "replace", "write")
+        phases.watch(optim.SVI, "step", "step")
+        phases.watch(loop.Trainer, "validate", "validation")
+        phases.watch(files, "replace", "write")
         phases.watch(script, "report", "report")
         if at is not None:
             kill_after(time.process_time, at)
         start = time.process_time()
-        resume = ["--resume"] if (self.out / training.CHECKPOINT).exists() else []
+        resume = ["--resume"] if (self.out / loop.CHECKPOINT).exists() else []
         try:
             script.main([*OPTIONS, "--out", str(self.out), *resume])
         except BaseException:
@@ -212,7 +213,7 @@ def stress(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             if not finished:
                 where[phases.current] += 1
                 found = {path.name for path in run.out.glob("*")} if run.out.exists() else set()
-                for name in found & {training.CHECKPOINT, training.BEST}:
+                for name in found & {loop.CHECKPOINT, loop.BEST}:
                     load_checkpoint(run.out / name)  # it is whole
         compare(run.out, straight.out)
         shutil.rmtree(run.out.parent)

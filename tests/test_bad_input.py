@@ -21,12 +21,12 @@ from image_files import write_folder
 from scripts import EXPERIMENTS, script_errors
 
 from pyro_vaediff.arguments import exit_on_error
-from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint
-from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import load
-from pyro_vaediff.evaluation import preprocess
+from pyro_vaediff.evaluate.elbo import preprocess
+from pyro_vaediff.files import load_checkpoint, save_checkpoint
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.training import Trainer
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import Trainer
 
 TINY = (
     "--epochs 1 --limit 20 --width 2 --latent-dim 2 --num-timesteps 4 --k 2 --batch-size 10 "

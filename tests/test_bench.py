@@ -46,10 +46,10 @@ from pyro_vaediff.bench import harness as harness_module
 from pyro_vaediff.bench.cost import svi_step
 from pyro_vaediff.bench.counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
 from pyro_vaediff.bench.page import significant
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.config import ModelConfig
+from pyro_vaediff.evaluate import importance_weighted_bound
 from pyro_vaediff.infer import Importance, Proposal, Uniform
-from pyro_vaediff.metrics import importance_weighted_bound
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
 
 MODULES = ("encoder", "decoder", "prior")
 

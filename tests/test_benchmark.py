@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.config import ModelConfig
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "benchmark.py"
 

@@ -15,8 +15,8 @@ import torch
 from errors import one_line_value_error
 from processes import context
 
-from pyro_vaediff import checkpoint
-from pyro_vaediff.checkpoint import (
+from pyro_vaediff import files
+from pyro_vaediff.files import (
     load_checkpoint,
     remove_unfinished,
     save_checkpoint,
@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_synced_does_no_harm(tmp_path, monkeypatch):
     def fail(folder):
         raise OSError(errno.EINVAL, "not here")
 
-    monkeypatch.setattr(checkpoint, "sync_folder", fail)
+    monkeypatch.setattr(files, "sync_folder", fail)
     save_checkpoint(tmp_path / "new" / "checkpoint.pt", {"epoch": 1})
     assert load_checkpoint(tmp_path / "new" / "checkpoint.pt")["epoch"] == 1
 

@@ -16,9 +16,9 @@ from scripts import EXPERIMENTS, call, script_errors
 
 from pyro_vaediff.bench import BASELINE, ENTRIES, Oracle, linear_gaussian_vae
 from pyro_vaediff.bench.page import significant
-from pyro_vaediff.checkpoint import load_checkpoint
+from pyro_vaediff.files import load_checkpoint
 from pyro_vaediff.infer import Importance
-from pyro_vaediff.training import load_vae
+from pyro_vaediff.train.loop import load_vae
 
 SCRIPT = EXPERIMENTS / "compare_estimators.py"
 MODULES = ("encoder", "decoder", "prior")

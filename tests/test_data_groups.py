@@ -17,11 +17,11 @@ from errors import one_line_value_error
 from image_files import numbers, sizes, splits, write_folder
 from scripts import EXPERIMENTS, script_errors
 
-from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import DATASETS, load
 from pyro_vaediff.data.groups import hold_out, read_groups
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.training import Trainer, load_data
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import Trainer, load_data
 
 # The image with number i, as write_folder names it, is in group PERSON[i].
 PERSON = [i // 2 if i < 40 else 20 + i for i in range(100)]

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from pyro_vaediff.distributions import Normal
 from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.likelihoods.distributions import Normal
 from pyro_vaediff.nn import DENOISERS, PreconditionedDenoiser, ResidualDenoiser, make_denoiser
 from pyro_vaediff.nn.denoiser import log_snr_embedding
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.probability_flow import ProbabilityFlow
+from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
 
 T = 20

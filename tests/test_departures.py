@@ -21,7 +21,7 @@ from unbiased import assert_unbiased, draws, exact_values
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
-from pyro_vaediff.bench.affine import condition, expected_kl
+from pyro_vaediff.evaluate import bits_per_dim
 from pyro_vaediff.infer import Importance, Uniform
 from pyro_vaediff.infer.departures import (
     LogVarianceAsLogScale,
@@ -33,8 +33,8 @@ from pyro_vaediff.infer.departures import (
     constant_errors,
 )
 from pyro_vaediff.likelihoods import make_likelihood
-from pyro_vaediff.metrics import bits_per_dim
 from pyro_vaediff.nn import ConvEncoder
+from pyro_vaediff.testing.affine import condition, expected_kl
 
 SCRIPT = EXPERIMENTS / "departures.py"
 T = 4

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.training import Trainer, WeightAverage
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import Trainer, WeightAverage
 
 ESTIMATORS = {
     "importance": lambda: Timestep_ELBO(k=2),

@@ -26,16 +26,17 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 
-from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO, checkpoint, distributed, training
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import load_checkpoint
-from pyro_vaediff.config import ModelConfig, TrainConfig
+from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO, files
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.diffusion import base_normal
-from pyro_vaediff.evaluation import evaluate, value_elbo
+from pyro_vaediff.evaluate.elbo import evaluate, value_elbo
+from pyro_vaediff.files import load_checkpoint
 from pyro_vaediff.infer import Timesteps
-from pyro_vaediff.svi import SVI, TorchOptim, per_datum
-from pyro_vaediff.training import NonFiniteError, Trainer
+from pyro_vaediff.train import distributed, loop
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import NonFiniteError, Trainer
+from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 
@@ -227,10 +228,10 @@ def train(out: Path | None, epochs: int, resume: bool = False, **options) -> dic
         written.append(path.name)
         real_replace(path, write)
 
-    real_preprocess, real_replace = training.preprocess, checkpoint.replace
+    real_preprocess, real_replace = loop.preprocess, files.replace
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "preprocess", preprocess)
-        patch.setattr(checkpoint, "replace", replace)
+        patch.setattr(loop, "preprocess", preprocess)
+        patch.setattr(files, "replace", replace)
         if resume:
             trainer.resume()
         done = len(trainer.history)

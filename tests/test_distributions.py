@@ -11,7 +11,11 @@ import scipy.special
 import scipy.stats
 import torch
 
-from pyro_vaediff.distributions import DiscretizedLogistic, GridCategorical, IsotropicNormal
+from pyro_vaediff.likelihoods.distributions import (
+    DiscretizedLogistic,
+    GridCategorical,
+    IsotropicNormal,
+)
 
 LEVELS = 5
 

@@ -21,7 +21,7 @@ from unbiased import (
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
-from pyro_vaediff.bench.affine import condition, covariance, stack
+from pyro_vaediff.testing.affine import condition, covariance, stack
 
 NUM_DATA = 2
 ORDERS = ("forward", "posterior", "reversed")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vaediff.metrics import (
+from pyro_vaediff.evaluate import (
     EXTRACTORS,
     Extractor,
     FeatureStatistics,

@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from pyro_vaediff.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from pyro_vaediff.evaluate import FeatureStatistics, feature_statistics, frechet_distance
 
 
 def random_covariance(dim: int, rank: int | None = None) -> torch.Tensor:

@@ -14,18 +14,16 @@ ROOT = Path(pyro_vaediff.__file__).parent
 # A module may import from the layers above its own in this list, and from its own package.
 LAYERS = (
     {"arguments"},
-    {"schedules", "register", "distributions", "checkpoint", "config", "distributed"},
+    {"schedules", "register", "files"},
     {"diffusion"},
     {"nn"},
     {"likelihoods"},
     {"priors"},
     {"vae"},
-    {"infer", "samplers", "probability_flow", "build", "data", "metrics", "plotting"},
-    {"svi"},
-    {"evaluation"},
-    {"log_likelihood"},
-    {"surgery"},
-    {"training", "report", "summary"},
+    {"infer", "data", "plotting"},
+    {"sampling", "testing"},
+    {"evaluate"},
+    {"train", "summary"},
     {"bench"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

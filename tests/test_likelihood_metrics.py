@@ -14,9 +14,9 @@ from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
+from pyro_vaediff.evaluate import bits_per_dim, importance_weighted_bound
 from pyro_vaediff.infer import elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
-from pyro_vaediff.metrics import bits_per_dim, importance_weighted_bound
 
 
 @pytest.fixture

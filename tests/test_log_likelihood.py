@@ -15,12 +15,16 @@ from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Prior
 from pyro_vaediff.bench import LinearGaussian, linear_gaussian_vae
-from pyro_vaediff.evaluation import preprocess
+from pyro_vaediff.evaluate import importance_weighted_bound
+from pyro_vaediff.evaluate.elbo import preprocess
+from pyro_vaediff.evaluate.log_likelihood import (
+    importance_log_likelihood,
+    log_likelihood,
+    prior_log_prob,
+)
 from pyro_vaediff.likelihoods import make_likelihood
-from pyro_vaediff.log_likelihood import importance_log_likelihood, log_likelihood, prior_log_prob
-from pyro_vaediff.metrics import importance_weighted_bound
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder
-from pyro_vaediff.probability_flow import ProbabilityFlow
+from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 
 
 @pytest.fixture

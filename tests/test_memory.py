@@ -12,12 +12,12 @@ import pyro
 import pytest
 import torch
 
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.config import ModelConfig
-from pyro_vaediff.evaluation import evaluate
+from pyro_vaediff.evaluate.elbo import evaluate
 from pyro_vaediff.infer import PROPOSALS, Timestep_ELBO
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.svi import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
 
 TINY = {"latent_dim": 1, "levels": 17, "width": 1, "num_components": 2, "prior_width": 2}
 
@@ -133,9 +133,9 @@ def test_evaluation_keeps_nothing(without_validation):
 SCRIPT = """
 import resource, sys
 import pyro, torch
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.config import ModelConfig
-from pyro_vaediff.evaluation import evaluate
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.evaluate.elbo import evaluate
 
 count, T, D, size = map(int, sys.argv[1:])
 pyro.enable_validation(False)

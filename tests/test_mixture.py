@@ -12,8 +12,8 @@ import scipy.stats
 import torch
 
 from pyro_vaediff import VAE, MixturePrior, TraceKL_ELBO, VampPrior
-from pyro_vaediff.build import make_prior, make_vae
-from pyro_vaediff.config import ModelConfig
+from pyro_vaediff.train.build import make_prior, make_vae
+from pyro_vaediff.train.config import ModelConfig
 
 SHAPE = (1, 8, 8)
 CONFIG = ModelConfig("vamp", latent_dim=3, image_shape=SHAPE, width=4, num_components=5)

@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from pyro.poutine.messenger import Messenger
 
 from pyro_vaediff import VAE, DiffusionPrior
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.diffusion import base_normal, kl_normal
-from pyro_vaediff.evaluation import preprocess
+from pyro_vaediff.evaluate.elbo import preprocess
 from pyro_vaediff.infer import PROPOSALS, Importance, Timestep_ELBO, elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import (
@@ -31,9 +29,11 @@ from pyro_vaediff.nn import (
 )
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.priors.diffusion import PARAMETERIZATIONS, REVERSE_VARIANCES
-from pyro_vaediff.probability_flow import ProbabilityFlow
-from pyro_vaediff.samplers import ddim
+from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
+from pyro_vaediff.sampling.samplers import ddim
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
 
 DTYPES = (torch.float32, torch.float64)
 LIKELIHOODS = (

@@ -15,11 +15,11 @@ from pyro import poutine
 from torch import nn
 
 from pyro_vaediff import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, VampPrior
-from pyro_vaediff.build import make_prior
-from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.diffusion import q_reverse
 from pyro_vaediff.nn import MLPDenoiser, ResidualDenoiser, make_denoiser
 from pyro_vaediff.schedules import LinearSchedule, Schedule
+from pyro_vaediff.train.build import make_prior
+from pyro_vaediff.train.config import ModelConfig
 
 SCHEDULES = ("linear", "cosine")
 PARAMETERIZATIONS = ("eps", "z0", "mu", "v")

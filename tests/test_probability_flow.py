@@ -14,7 +14,7 @@ from test_samplers import gaussian_data, gaussian_prior
 from torch import nn
 
 from pyro_vaediff import DiffusionPrior, GaussianPrior
-from pyro_vaediff.probability_flow import ProbabilityFlow
+from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.schedules import LinearSchedule, Schedule
 
 

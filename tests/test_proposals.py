@@ -10,8 +10,8 @@ from scipy import stats
 
 from pyro_vaediff import DiffusionPrior, Timestep_ELBO
 from pyro_vaediff.bench import linear_gaussian_vae
-from pyro_vaediff.bench.affine import condition, white_noise
 from pyro_vaediff.infer import Importance, LossAware, Proposal, Timesteps, Uniform
+from pyro_vaediff.testing.affine import condition, white_noise
 
 PROBS = torch.tensor([0.5, 0.03, 0.2, 0.07, 0.2], dtype=torch.float64)
 

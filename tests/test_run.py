@@ -19,10 +19,10 @@ from errors import exit_message
 from image_files import write_folder
 from PIL import Image
 
-from pyro_vaediff import training
-from pyro_vaediff.checkpoint import load_checkpoint
+from pyro_vaediff.files import load_checkpoint
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.training import load_vae
+from pyro_vaediff.train import loop
+from pyro_vaediff.train.loop import load_vae
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 TINY = {"epochs": 2, "limit": 40, "width": 4, "latent-dim": 2, "num-timesteps": 10, "k": 2}
@@ -307,7 +307,7 @@ def test_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Trainer, "validate", interrupt)
+    monkeypatch.setattr(loop.Trainer, "validate", interrupt)
     with pytest.raises(SystemExit, match="interrupted: continue with --resume"):
         run(tmp_path / "run")
 

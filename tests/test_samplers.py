@@ -13,7 +13,7 @@ from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior
 from pyro_vaediff.bench import LinearGaussian
-from pyro_vaediff.samplers import ddim, interpolate, reconstruct, sample, trajectory
+from pyro_vaediff.sampling.samplers import ddim, interpolate, reconstruct, sample, trajectory
 
 N = 20_000
 

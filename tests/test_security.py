@@ -16,13 +16,13 @@ from image_files import noise, sizes, write_celeba, write_cifar10, write_mnist
 from scripts import EXPERIMENTS, script_errors
 
 import pyro_vaediff
-from pyro_vaediff.checkpoint import FORMAT, load_checkpoint, read_json, save_checkpoint
-from pyro_vaediff.config import ModelConfig, TrainConfig
 from pyro_vaediff.data import load
+from pyro_vaediff.evaluate import FeatureStatistics, load_extractor, reference_statistics
+from pyro_vaediff.evaluate.features import Extractor
+from pyro_vaediff.files import FORMAT, load_checkpoint, read_json, save_checkpoint
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.metrics import FeatureStatistics, load_extractor, reference_statistics
-from pyro_vaediff.metrics.features import Extractor
-from pyro_vaediff.training import Trainer, load_data, load_vae
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import Trainer, load_data, load_vae
 
 ROOT = Path(pyro_vaediff.__file__).parent
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO
 from pyro_vaediff.bench import Oracle, linear_gaussian_vae
+from pyro_vaediff.evaluate.log_likelihood import prior_log_prob
+from pyro_vaediff.evaluate.surgery import aggregate_log_prob, chain_log_prob, elbo_surgery
 from pyro_vaediff.likelihoods import make_likelihood
-from pyro_vaediff.log_likelihood import prior_log_prob
 from pyro_vaediff.nn import MLPDenoiser
-from pyro_vaediff.surgery import aggregate_log_prob, chain_log_prob, elbo_surgery
 
 
 class Table(nn.Module):
@@ -137,7 +137,7 @@ def test_the_aggregate_is_a_mixture(device, monkeypatch):
     components = dist.Normal(loc + 100, scale).to_event(1)
     expected = dist.MixtureSameFamily(dist.Categorical(torch.ones_like(loc[:, 0])), components)
     for chunk in (1, 20, 10**6):
-        monkeypatch.setattr("pyro_vaediff.surgery.CHUNK", chunk)
+        monkeypatch.setattr("pyro_vaediff.evaluate.surgery.CHUNK", chunk)
         log_prob = aggregate_log_prob(z_0 + 100, loc + 100, scale)
         torch.testing.assert_close(log_prob, expected.log_prob(z_0 + 100), atol=1e-10, rtol=0)
 

@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.bench import linear_gaussian_vae
 from pyro_vaediff.infer import elbo_terms
-from pyro_vaediff.svi import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
 
 # --- The optimizer --------------------------------------------------------------------------------
 

@@ -17,12 +17,12 @@ from pyro.infer import Trace_ELBO
 from scripts import EXPERIMENTS, call, script_errors
 
 from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.config import ModelConfig
 from pyro_vaediff.data import load
-from pyro_vaediff.evaluation import evaluate
+from pyro_vaediff.evaluate.elbo import evaluate
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.training import load_vae
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train.loop import load_vae
 
 SCRIPT = EXPERIMENTS / "train_estimators.py"
 NAMES = ("uniform k=1 | z_0", "importance LD k=8 | z_0, antithetic")

@@ -14,15 +14,16 @@ import torch
 from errors import one_line_value_error
 from pyro.infer import Trace_ELBO
 
-from pyro_vaediff import Timestep_ELBO, build, training
-from pyro_vaediff.build import make_vae
-from pyro_vaediff.checkpoint import load_checkpoint, save_checkpoint
-from pyro_vaediff.config import ModelConfig, TrainConfig
+from pyro_vaediff import Timestep_ELBO
 from pyro_vaediff.data import load
 from pyro_vaediff.diffusion import base_normal
-from pyro_vaediff.evaluation import evaluate, preprocess
+from pyro_vaediff.evaluate.elbo import evaluate, preprocess
+from pyro_vaediff.files import load_checkpoint, save_checkpoint
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.training import NonFiniteError, Trainer, load_vae
+from pyro_vaediff.train import build, loop
+from pyro_vaediff.train.build import make_vae
+from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.loop import NonFiniteError, Trainer, load_vae
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_a_run_that_was_killed_while_saving_repeats_its_epoch(make_trainer, monk
 
     killed = make_trainer(3)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", kill)
+        patch.setattr(loop, "save_checkpoint", kill)
         with pytest.raises(SystemExit):
             killed.fit(progress=False)
     assert killed.best_epoch() == 2  # or its best.pt would not be written
@@ -264,7 +265,7 @@ def random_numbers(trainer, monkeypatch):
         return traces
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "preprocess", spy_images)
+        patch.setattr(loop, "preprocess", spy_images)
         patch.setattr(trainer.elbo, "_get_trace", spy_sites)
         trainer.fit(progress=False)
     assert (torch.cat(found["dequantization"]) > -1e-4).all()
@@ -401,7 +402,7 @@ def test_two_trainers_do_not_disturb_each_other(make_trainer):
         def epoch(self):
             torch.set_rng_state(self.rng)
             with pyro.get_param_store().scope():
-                self.records.append(self.trainer.train_epoch(training.tqdm(disable=True)))
+                self.records.append(self.trainer.train_epoch(loop.tqdm(disable=True)))
             self.rng = torch.get_rng_state()
 
     options = [{"seed": 0}, {"seed": 1, "model": {"latent_dim": 2}}]

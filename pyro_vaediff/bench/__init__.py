@@ -5,6 +5,13 @@ expectation of every estimator of its ELBO. Whoever writes an estimator can test
 unbiased; an :class:`Entry` in :data:`ENTRIES` puts it next to the others.
 """
 
+from ..testing.linear_gaussian import (
+    LinearDenoiser,
+    LinearGaussian,
+    linear_gaussian_vae,
+    one_copy_per_datum,
+)
+from ..testing.oracle import Oracle
 from .cost import count_evaluations, peak_memory, step_times, svi_step
 from .entries import BASELINE, ENTRIES, SERIOUS, Entry, timestep_entry
 from .gradients import (
@@ -27,8 +34,6 @@ from .harness import (
     rms_error,
     training_step,
 )
-from .linear_gaussian import LinearDenoiser, LinearGaussian, linear_gaussian_vae, one_copy_per_datum
-from .oracle import Oracle
 from .page import markdown_table, write_page, write_pictures
 
 __all__ = [

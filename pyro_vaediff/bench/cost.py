@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..svi import TorchOptim, per_datum
+from ..train.optim import TorchOptim, per_datum
 from ..vae import VAE
 
 __all__ = ["count_evaluations", "peak_memory", "step_times", "svi_step"]

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ..infer import Timestep_ELBO, particle_options
+from ..testing.oracle import Oracle
 from ..vae import VAE
 from .cost import count_evaluations, peak_memory, step_times, svi_step
 from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
 from .entries import BASELINE, Entry
 from .gradients import Draws, draw, noise_of
-from .oracle import Oracle
 
 __all__ = [
     "Reference",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import write_atomically, write_csv
+from ..files import write_atomically, write_csv
 from ..plotting import plot_convergence, plot_gradient_noise, plot_pareto
 from .entries import BASELINE, ENTRIES
 from .harness import Record, Reference

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import describe_error, write_atomically
+from ..files import describe_error, write_atomically
 from .files import SUFFIXES, decode_files, find_images, to_array
 from .groups import check_apart, find_groups, hold_out
 

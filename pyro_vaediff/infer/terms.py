@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 
 from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import TraceKL_ELBO
 
-__all__ = ["elbo_terms"]
+__all__ = ["differentiable_terms", "elbo_terms"]
 
 
 def elbo_terms(
@@ -64,3 +65,12 @@ def elbo_terms(
             term = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
             totals[name] = totals.get(name, 0.0) + term / elbo.num_particles
     return totals
+
+
+def differentiable_terms(
+    elbo: ELBO, model: Callable, guide: Callable, *args, **kwargs
+) -> dict[str, Tensor]:
+    r"""Returns the terms of a differentiable loss; of Pyro's own estimators only their sum."""
+    if isinstance(elbo, TraceKL_ELBO):
+        return elbo.terms(model, guide, *args, **kwargs)
+    return {"-ELBO": elbo.differentiable_loss(model, guide, *args, **kwargs)}

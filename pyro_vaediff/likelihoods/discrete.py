@@ -7,9 +7,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ..distributions import DiscretizedLogistic, GridCategorical, to_grid
 from ..nn.scale import bounded_scale
 from .base import Likelihood, check_levels
+from .distributions import DiscretizedLogistic, GridCategorical, to_grid
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogisticLikelihood"]
 

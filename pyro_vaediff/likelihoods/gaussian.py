@@ -9,9 +9,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ..distributions import IsotropicNormal
 from ..nn.scale import bounded_scale, upcast
 from .base import Likelihood
+from .distributions import IsotropicNormal
 
 __all__ = ["GaussianLikelihood"]
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 
 # The palette of Okabe & Ito, without its yellow, which a projector does not show on white.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = (

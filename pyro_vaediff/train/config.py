@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
-from .arguments import check_choice, check_seed, check_whole
+from ..arguments import check_choice, check_seed, check_whole
 
 __all__ = ["ModelConfig", "TrainConfig"]
 
@@ -56,7 +56,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         # All of them, also those that this prior has no use for. Names are checked where they are
-        # looked up, by `pyro_vaediff.build`.
+        # looked up, by `pyro_vaediff.train.build`.
         for name in ("latent_dim", "width", "num_components", "prior_width", "num_timesteps"):
             if name != "prior_width" or self.prior_width is not None:
                 check_whole(name, getattr(self, name))

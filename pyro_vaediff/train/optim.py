@@ -12,10 +12,10 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from ..infer.terms import differentiable_terms
 from . import distributed
-from .infer import TraceKL_ELBO
 
-__all__ = ["SVI", "TorchOptim", "differentiable_terms", "per_datum"]
+__all__ = ["SVI", "TorchOptim", "per_datum"]
 
 
 def per_datum(program: Callable, batch_size: int | None = None) -> Callable:
@@ -93,8 +93,8 @@ class TorchOptim(PyroOptim):
 class SVI(pyro.infer.SVI):
     r"""Pyro's SVI, whose step returns each term of the loss and leaves it on its device.
 
-    The processes of a :func:`~pyro_vaediff.distributed.process_group` take the same step, along the
-    sum of their gradients.
+    The processes of a :func:`~pyro_vaediff.train.distributed.process_group` take the same step,
+    along the sum of their gradients.
     """
 
     def __init__(self, model: Callable, guide: Callable, optim: TorchOptim, loss: pyro.infer.ELBO):
@@ -114,12 +114,3 @@ class SVI(pyro.infer.SVI):
         for parameter in params:
             parameter.grad = None
         return terms
-
-
-def differentiable_terms(
-    elbo: pyro.infer.ELBO, model: Callable, guide: Callable, *args, **kwargs
-) -> dict[str, Tensor]:
-    r"""Returns the terms of a differentiable loss; of Pyro's own estimators only their sum."""
-    if isinstance(elbo, TraceKL_ELBO):
-        return elbo.terms(model, guide, *args, **kwargs)
-    return {"-ELBO": elbo.differentiable_loss(model, guide, *args, **kwargs)}

@@ -28,13 +28,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .arguments import check_choice, check_whole
-from .diffusion import base_normal
-from .evaluation import evaluating, in_batches, value_elbo
-from .infer import Timestep_ELBO, elbo_terms
+from ..arguments import check_choice, check_whole
+from ..diffusion import base_normal
+from ..infer import Timestep_ELBO, elbo_terms
+from ..priors import DiffusionPrior
+from ..vae import VAE
+from .elbo import evaluating, in_batches, value_elbo
 from .log_likelihood import prior_log_prob
-from .priors import DiffusionPrior
-from .vae import VAE
 
 __all__ = ["Estimate", "Surgery", "aggregate_log_prob", "chain_log_prob", "elbo_surgery"]
 
@@ -102,7 +102,7 @@ def elbo_surgery(
             bound of :func:`chain_log_prob`, which makes the marginal and the total KL *upper
             bounds* (the total is the KL term of the ELBO as it is trained), or ``"flow"`` for the
             exact density of another model, that of the
-            :class:`~pyro_vaediff.probability_flow.ProbabilityFlow`. Other priors have an exact
+            :class:`~pyro_vaediff.sampling.ProbabilityFlow`. Other priors have an exact
             density, and no use for this.
         num_samples: The number of latents of each image, at least 2 for standard errors.
         elbo: The estimator of the chain's bound. By default, from 32 timesteps per latent.

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import check_seed
-from .data import batches
-from .infer import Timestep_ELBO
-from .likelihoods import check_range
-from .svi import differentiable_terms
-from .vae import VAE
+from ..arguments import check_seed
+from ..data import batches
+from ..infer import Timestep_ELBO
+from ..infer.terms import differentiable_terms
+from ..likelihoods import check_range
+from ..vae import VAE
 
 __all__ = ["evaluate", "evaluating", "in_batches", "preprocess", "value_elbo"]
 

@@ -9,15 +9,15 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from . import plotting
-from .checkpoint import write_csv, write_json
-from .data import ImageData
-from .evaluation import evaluate, preprocess
-from .infer import Timestep_ELBO, elbo_terms
-from .metrics import Extractor, bits_per_dim, image_statistics, reference_statistics
-from .priors import DiffusionPrior
-from .samplers import reconstruct, sample, trajectory
-from .vae import VAE
+from .. import plotting
+from ..data import ImageData
+from ..evaluate import Extractor, bits_per_dim, image_statistics, reference_statistics
+from ..evaluate.elbo import evaluate, preprocess
+from ..files import write_csv, write_json
+from ..infer import Timestep_ELBO, elbo_terms
+from ..priors import DiffusionPrior
+from ..sampling.samplers import reconstruct, sample, trajectory
+from ..vae import VAE
 
 __all__ = ["frechet_distances", "kl_by_timestep", "readable_terms", "report"]
 
@@ -43,7 +43,7 @@ def report(
         out: The run directory.
         extractor: The features of the Fréchet distance, if it is wanted.
         elbo: The estimator of the test images' negative ELBO, see
-            :func:`~pyro_vaediff.evaluation.evaluate`.
+            :func:`~pyro_vaediff.evaluate.elbo.evaluate`.
         num_images: The number of images on each side of the Fréchet distance, at most.
         seed: The seed of everything that is sampled.
         progress: Whether to show progress bars.

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 
 __all__ = ["FeatureStatistics", "feature_statistics", "frechet_distance"]
 

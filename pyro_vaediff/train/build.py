@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from .arguments import check_choice
+from ..arguments import check_choice
+from ..likelihoods import make_likelihood
+from ..nn import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
+from ..nn.denoiser import DENOISERS, make_denoiser
+from ..priors import PRIORS, DiffusionPrior, FlowPrior, MixturePrior, Prior, VampPrior
+from ..priors.diffusion import PARAMETERIZATIONS, REVERSE_VARIANCES
+from ..schedules import SCHEDULES, LinearSchedule, make_schedule
+from ..vae import VAE
 from .config import ModelConfig
-from .likelihoods import make_likelihood
-from .nn import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
-from .nn.denoiser import DENOISERS, make_denoiser
-from .priors import PRIORS, DiffusionPrior, FlowPrior, MixturePrior, Prior, VampPrior
-from .priors.diffusion import PARAMETERIZATIONS, REVERSE_VARIANCES
-from .schedules import SCHEDULES, LinearSchedule, make_schedule
-from .vae import VAE
 
 __all__ = ["make_prior", "make_vae"]
 

@@ -31,8 +31,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
-from .arguments import check_whole
-from .priors import DiffusionPrior
+from ..arguments import check_whole
+from ..priors import DiffusionPrior
 
 __all__ = ["ProbabilityFlow"]
 

@@ -9,10 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .arguments import check_whole
-from .diffusion import at_time
-from .priors import DiffusionPrior, Prior
-from .vae import VAE
+from ..arguments import check_whole
+from ..diffusion import at_time
+from ..priors import DiffusionPrior, Prior
+from ..vae import VAE
 
 __all__ = ["ddim", "interpolate", "reconstruct", "sample", "trajectory"]
 

@@ -31,7 +31,7 @@ def image_statistics(batches: Iterable[Tensor], extractor: Extractor) -> Feature
         ValueError: If there is no batch.
 
     Example:
-        >>> from pyro_vaediff.metrics import load_extractor
+        >>> from pyro_vaediff.evaluate import load_extractor
         >>> batches = torch.rand(100, 1, 8, 8).split(32)
         >>> image_statistics(batches, load_extractor("pixels")).count
         100

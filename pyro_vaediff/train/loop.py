@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..arguments import check_whole
+from ..data import ImageData, batches, load
+from ..data.groups import list_name
+from ..evaluate.elbo import evaluate, preprocess, value_elbo
+from ..files import load_checkpoint, remove_unfinished, save_checkpoint, write_csv
+from ..infer import Timestep_ELBO, TraceKL_ELBO
+from ..priors import DiffusionPrior, GaussianPrior, VampPrior
+from ..vae import VAE
 from . import distributed
-from .arguments import check_whole
 from .build import make_vae
-from .checkpoint import load_checkpoint, remove_unfinished, save_checkpoint, write_csv
 from .config import ModelConfig, TrainConfig
-from .data import ImageData, batches, load
-from .data.groups import list_name
-from .evaluation import evaluate, preprocess, value_elbo
-from .infer import Timestep_ELBO, TraceKL_ELBO
-from .priors import DiffusionPrior, GaussianPrior, VampPrior
-from .svi import SVI, TorchOptim, per_datum
-from .vae import VAE
+from .optim import SVI, TorchOptim, per_datum
 
 __all__ = ["NonFiniteError", "Trainer", "load_data", "load_vae"]
 
@@ -47,9 +47,9 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     r"""A training run, from its start or from its last checkpoint.
 
-    It is one run also in the processes of a :func:`~pyro_vaediff.distributed.process_group`: each
-    has a trainer with the same arguments, and computes its share of every batch. The main process
-    writes the files.
+    It is one run in all processes of a :func:`~pyro_vaediff.train.distributed.process_group`:
+    each has a trainer with the same arguments, and computes its share of every batch. The main
+    process writes the files.
 
     Arguments:
         model_config: What to train.

@@ -9,11 +9,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .arguments import check_whole
-from .evaluation import evaluating, in_batches
-from .priors import DiffusionPrior, Prior
-from .probability_flow import ProbabilityFlow
-from .vae import VAE
+from ..arguments import check_whole
+from ..priors import DiffusionPrior, Prior
+from ..sampling.probability_flow import ProbabilityFlow
+from ..vae import VAE
+from .elbo import evaluating, in_batches
 
 __all__ = ["importance_log_likelihood", "log_likelihood", "prior_log_prob"]
 
@@ -23,7 +23,7 @@ def prior_log_prob(prior: Prior, z_0: Tensor, **flow_options) -> Tensor:
     r"""Returns the exact log-density :math:`\log p(z_0)` of a prior, in nats.
 
     It is that of the site ``"z_0"`` if this is the prior's only one. A diffusion prior has it in
-    its probability flow: see :class:`~pyro_vaediff.probability_flow.ProbabilityFlow`, a model of
+    its probability flow: see :class:`~pyro_vaediff.sampling.ProbabilityFlow`, a model of
     its own with the same denoiser.
 
     Arguments:
@@ -73,7 +73,7 @@ def importance_log_likelihood(vae: VAE, x: Tensor, num_samples: int = 64, **flow
         x)}, \qquad z_0^k \sim q_\psi(z_0 | x)
 
     Its expectation is a lower bound on :math:`\log p(x)` that rises with :math:`K`. The estimate is
-    that of :func:`~pyro_vaediff.metrics.importance_weighted_bound` for priors whose only site is
+    that of :func:`~pyro_vaediff.evaluate.importance_weighted_bound` for priors whose only site is
     ``"z_0"``. A diffusion prior's :math:`p(z_0)` is here that of its probability flow: the result
     is a likelihood of *this* model, which is another one than the chain :math:`z_T \to \dots \to
     z_0` that the ELBO bounds. Either is a likelihood, so that neither need be the larger one.
@@ -117,7 +117,7 @@ def log_likelihood(
 
     See :func:`importance_log_likelihood`, also for what it means with a diffusion prior. If the
     likelihood is a density, so is :math:`p(x)`, at images that are dequantized as
-    :func:`~pyro_vaediff.evaluation.evaluate` does it: from the same seed, and for its first batch
+    :func:`~pyro_vaediff.evaluate.evaluate` does it: from the same seed, and for its first batch
     with the same noise.
 
     Arguments:

@@ -1,0 +1,1 @@
+r"""Training: the loop, its optimizer, checkpoints, configurations and reports of runs."""
