@@ -1,27 +1,52 @@
 r"""Diffusion priors in variational autoencoders, written as Pyro programs."""
 
-from . import diffusion, infer, nn, priors, schedules
-from .infer import Timestep_ELBO, TraceKL_ELBO
+from . import (
+    data,
+    denoise,
+    diffusion,
+    evaluate,
+    infer,
+    likelihoods,
+    nn,
+    plotting,
+    priors,
+    sampling,
+    schedules,
+    testing,
+    train,
+)
+from .denoise import Denoiser
+from .infer import Reweighted, Timestep_ELBO, TraceKL_ELBO
 from .priors import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, Prior, VampPrior
 from .register import register
 from .vae import VAE
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "VAE",
+    "Denoiser",
     "DiffusionPrior",
     "FlowPrior",
     "GaussianPrior",
     "MixturePrior",
     "Prior",
+    "Reweighted",
     "Timestep_ELBO",
     "TraceKL_ELBO",
     "VampPrior",
+    "data",
+    "denoise",
     "diffusion",
+    "evaluate",
     "infer",
+    "likelihoods",
     "nn",
+    "plotting",
     "priors",
     "register",
+    "sampling",
     "schedules",
+    "testing",
+    "train",
 ]

@@ -16,8 +16,10 @@ one formula serves both. With :math:`m_t = \sqrt{\bar\alpha_t} \, m` and :math:`
 
 where the dot stands for :math:`z_0` or for :math:`x`.
 
-Everywhere, a timestep ``t`` is either an integer or an integer tensor with the batch shape of the
-latents, and latents have shape :math:`(*, D)`.
+A time is an index of the schedule's grid or a floating-point number in :math:`[0, 1]`, with the
+batch shape of the latents, see :mod:`~pyro_vaediff.schedules`. From one time to *any* other,
+:math:`s < t`, the same formulas hold with :math:`\beta_{t|s} = 1 - \bar\alpha_t / \bar\alpha_s`.
+Latents have shape :math:`(*, \dots)`, where ``event_dim`` counts the dimensions of a single one.
 """
 
 from __future__ import annotations
@@ -28,42 +30,31 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .schedules import Schedule
+from .schedules import Schedule, Times
 
 __all__ = [
-    "at_time",
     "base_normal",
     "gaussian_moments",
     "kl_normal",
+    "normal",
     "q_marginal",
     "q_reverse",
+    "q_reverse_moments",
     "q_step",
 ]
 
 Start: TypeAlias = "Tensor | dist.TorchDistribution"
 
 
-def at_time(table: Tensor, t: int | Tensor) -> Tensor:
-    r"""Reads a table at time :math:`t`, ready to multiply latents of shape :math:`(*, D)`.
+def normal(loc: Tensor, scale: Tensor, event_dim: int = 1) -> dist.Independent:
+    r"""Returns :math:`\mathcal{N}(m, \mathrm{diag}(s^2))` over latents.
 
     Arguments:
-        table: A table, with shape :math:`(T + 1,)`.
-        t: The timestep(s), an integer or an integer tensor with shape :math:`(*)`.
-
-    Returns:
-        The entries, with shape :math:`(*, 1)`.
-
-    Raises:
-        ValueError: If an integer is not in the table. The entries of a tensor are not looked at
-            on a GPU, which would have to be waited for.
+        loc: The mean :math:`m`, with shape :math:`(*, \dots)`.
+        scale: The standard deviation :math:`s`, which broadcasts with the mean.
+        event_dim: The number of dimensions of a latent.
     """
-    if isinstance(t, int) and not 0 <= t < len(table):
-        raise ValueError(f"t must be from 0 to T = {len(table) - 1}, got {t}")
-    return table[t].unsqueeze(-1)
-
-
-def normal(loc: Tensor, scale: Tensor) -> dist.Independent:
-    return dist.Normal(loc, scale).to_event(1)
+    return dist.Normal(loc, scale).to_event(event_dim)
 
 
 def gaussian_moments(start: Start) -> tuple[Tensor, Tensor]:
@@ -126,24 +117,30 @@ def unwrap(fn: torch.distributions.Distribution) -> torch.distributions.Distribu
     return fn
 
 
-def q_step(schedule: Schedule, z: Tensor, t: int | Tensor) -> dist.Independent:
-    r"""Returns :math:`q(z_t | z_{t-1})`, equation (9) of the paper.
+def q_step(
+    schedule: Schedule, z: Tensor, t: Times, s: Times | None = None, event_dim: int = 1
+) -> dist.Independent:
+    r"""Returns :math:`q(z_t | z_s)`, equation (9) of the paper for :math:`s = t - 1`.
 
     Arguments:
-        schedule: The variance schedule.
-        z: The latents :math:`z_{t-1}`, with shape :math:`(*, D)`.
-        t: The timestep(s) :math:`t \geq 1`.
+        schedule: The schedule.
+        z: The latents :math:`z_s`.
+        t: The time(s).
+        s: The earlier time(s); by default, the step before an index.
+        event_dim: The number of dimensions of a latent.
     """
-    return normal(at_time(schedule.alphas, t).sqrt() * z, at_time(schedule.betas, t).sqrt())
+    beta = schedule.beta(t, s, event_dim)
+    return normal((1 - beta).sqrt() * z, beta.sqrt(), event_dim)
 
 
-def q_marginal(schedule: Schedule, start: Start, t: int | Tensor) -> dist.Independent:
+def q_marginal(schedule: Schedule, start: Start, t: Times, event_dim: int = 1) -> dist.Independent:
     r"""Returns :math:`q(z_t | z_0)` or :math:`q(z_t | x) = \mathcal{N}(m_t, v_t)`.
 
     Arguments:
-        schedule: The variance schedule.
+        schedule: The schedule.
         start: The point :math:`z_0` or the Gaussian :math:`q(z_0 | x)`.
-        t: The timestep(s) :math:`t \geq 1`.
+        t: The time(s).
+        event_dim: The number of dimensions of a latent.
 
     Example:
         >>> schedule = Schedule(torch.tensor([0.36]))
@@ -152,37 +149,48 @@ def q_marginal(schedule: Schedule, start: Start, t: int | Tensor) -> dist.Indepe
         (tensor([8.]), tensor([0.6000]))
     """
     m, s2 = gaussian_moments(start)
-    alpha_bar = at_time(schedule.alphas_cumprod, t)
-    v = alpha_bar * s2 + at_time(schedule.one_minus_alphas_cumprod, t)
-    return normal(alpha_bar.sqrt() * m, v.sqrt())
+    alpha_bar, one_minus = schedule.signal(t, event_dim)
+    return normal(alpha_bar.sqrt() * m, (alpha_bar * s2 + one_minus).sqrt(), event_dim)
 
 
-def q_reverse(schedule: Schedule, start: Start, z: Tensor, t: int | Tensor) -> dist.Independent:
-    r"""Returns :math:`q(z_{t-1} | z_t, z_0)` or :math:`q(z_{t-1} | z_t, x)`.
+def q_reverse(
+    schedule: Schedule,
+    start: Start,
+    z: Tensor,
+    t: Times,
+    s: Times | None = None,
+    event_dim: int = 1,
+) -> dist.Independent:
+    r"""Returns :math:`q(z_s | z_t, z_0)` or :math:`q(z_s | z_t, x)`, with :math:`s = t - 1`.
 
-    Given :math:`z_0` its variance is :math:`\tilde\beta_t`, and it is a point at :math:`t = 1`,
+    Given :math:`z_0` its variance is :math:`\tilde\beta_t`, and it is a point at :math:`s = 0`,
     where no density exists.
 
     Arguments:
-        schedule: The variance schedule.
+        schedule: The schedule.
         start: The point :math:`z_0` or the Gaussian :math:`q(z_0 | x)`.
-        z: The latents :math:`z_t`, with shape :math:`(*, D)`.
-        t: The timestep(s), :math:`t \geq 2` given a point and :math:`t \geq 1` given a Gaussian.
+        z: The latents :math:`z_t`.
+        t: The time(s).
+        s: The earlier time(s), positive given a point; by default, the step before an index.
+        event_dim: The number of dimensions of a latent.
     """
-    loc, variance = q_reverse_moments(schedule, start, z, t)
-    return normal(loc, variance.sqrt())
+    loc, variance = q_reverse_moments(schedule, start, z, t, s, event_dim)
+    return normal(loc, variance.sqrt(), event_dim)
 
 
 def q_reverse_moments(
-    schedule: Schedule, start: Start, z: Tensor, t: int | Tensor
+    schedule: Schedule,
+    start: Start,
+    z: Tensor,
+    t: Times,
+    s: Times | None = None,
+    event_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the mean and the variance of :func:`q_reverse`."""
     m, s2 = gaussian_moments(start)
-    alpha_bar, previous = (at_time(schedule.alphas_cumprod, u) for u in (t, t - 1))
-    one_minus, one_minus_previous = (
-        at_time(schedule.one_minus_alphas_cumprod, u) for u in (t, t - 1)
-    )
-    ratio = (previous * s2 + one_minus_previous) / (alpha_bar * s2 + one_minus)
-    gain = at_time(schedule.alphas, t).sqrt() * ratio
-    loc = previous.sqrt() * m + gain * (z - alpha_bar.sqrt() * m)
-    return loc, ratio * at_time(schedule.betas, t)
+    beta = schedule.beta(t, s, event_dim)
+    alpha_bar_t, one_minus_t = schedule.signal(t, event_dim)
+    alpha_bar_s, one_minus_s = schedule.signal(t - 1 if s is None else s, event_dim)
+    ratio = (alpha_bar_s * s2 + one_minus_s) / (alpha_bar_t * s2 + one_minus_t)
+    gain = (1 - beta).sqrt() * ratio
+    return alpha_bar_s.sqrt() * m + gain * (z - alpha_bar_t.sqrt() * m), ratio * beta

@@ -1,7 +1,14 @@
-r"""Variance schedules :math:`\beta_1, \dots, \beta_T` of the forward diffusion.
+r"""Schedules: the log-signal-to-noise ratio of the forward diffusion, and a grid of times.
 
-Time runs from :math:`t = 0` (clean) to :math:`t = T` (noise) and every table has :math:`T + 1`
-entries, so that a table is indexed by the :math:`t` of the equations: :math:`\beta_0 = 0`,
+Time :math:`t \in [0, 1]` runs from clean to noise, and all that the Gaussian algebra needs to know
+of it is the log-SNR, which decreases:
+
+.. math:: \lambda(t) = \log \frac{\bar\alpha(t)}{1 - \bar\alpha(t)}, \qquad \bar\alpha =
+    \mathrm{sigmoid}(\lambda), \qquad 1 - \bar\alpha = \mathrm{sigmoid}(-\lambda) .
+
+A chain of :math:`T` steps is a grid of times :math:`0 = \tau_0 < \dots < \tau_T = 1`. Everywhere,
+an *integer* is an index of the grid and a *floating-point* number is a time. Tables have :math:`T +
+1` entries, so that they are indexed by the :math:`t` of the equations: :math:`\beta_0 = 0`,
 :math:`\bar\alpha_0 = 1`, and
 
 .. math:: \alpha_t = 1 - \beta_t, \qquad \bar\alpha_t = \prod_{s=1}^{t} \alpha_s .
@@ -12,34 +19,85 @@ References:
 
     | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021)
     | https://arxiv.org/abs/2102.09672
+
+    | Variational Diffusion Models (Kingma et al., 2021)
+    | https://arxiv.org/abs/2107.00630
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_whole
 
-__all__ = ["CosineSchedule", "LinearSchedule", "Schedule", "Tables", "make_schedule"]
+__all__ = [
+    "CosineSchedule",
+    "LinearSchedule",
+    "LogSNRSchedule",
+    "Schedule",
+    "Tables",
+    "Times",
+    "at_time",
+    "is_index",
+    "make_schedule",
+]
+
+#: Index(es) of a grid, or time(s) in [0, 1].
+Times = int | float | Tensor
+
+
+def is_index(t: Times) -> bool:
+    r"""Returns whether times are indices of a grid, which whole numbers are."""
+    return not t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, int)
+
+
+def at_time(table: Tensor, t: int | Tensor, event_dim: int = 1) -> Tensor:
+    r"""Returns the entries of a table, ready to multiply latents.
+
+    Arguments:
+        table: A table, with shape :math:`(T + 1,)`.
+        t: The timestep(s), an integer or an integer tensor with shape :math:`(*)`.
+        event_dim: The number of dimensions of a latent.
+
+    Returns:
+        The entries, with shape :math:`(*, 1, \dots, 1)`.
+
+    Raises:
+        ValueError: If an integer is not in the table. The entries of a tensor are not looked at
+            on a GPU, which would have to be waited for.
+    """
+    if isinstance(t, int) and not 0 <= t < len(table):
+        raise ValueError(f"t must be from 0 to T = {len(table) - 1}, got {t}")
+    return table[t][(...,) + (None,) * event_dim]
 
 
 class Tables(nn.Module):
     r"""Named tables that are computed in float64.
 
     They are buffers and follow ``.to(device)``. Whenever the module changes its dtype, they are
-    rounded afresh from float64: a model cast to float64 must not keep the rounding of float32.
-    They are not part of the state, as the configuration of a model determines them.
+    rounded afresh from float64: a model cast to float64 must not keep the rounding of float32, and
+    one cast to half precision keeps its tables in float32. They are not part of the state, as the
+    configuration of a model determines them.
 
     Arguments:
         tables: The tables, in float64 and on the CPU.
     """
 
-    def __init__(self, tables: dict[str, Tensor]):
+    def __init__(self, tables: dict[str, Tensor] | None = None):
         super().__init__()
+        self._originals: dict[str, Tensor] = {}
+        if tables is not None:
+            self.tabulate(tables)
+
+    def tabulate(self, tables: dict[str, Tensor]) -> None:
+        r"""Replaces the tables."""
         self._originals = dict(tables)
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
@@ -47,7 +105,9 @@ class Tables(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> Tables:
         super()._apply(fn, recurse)
         for name, table in self._originals.items():
-            getattr(self, name).copy_(table)
+            cast = getattr(self, name)
+            dtype = torch.promote_types(cast.dtype, torch.float32)
+            setattr(self, name, table.to(cast.device, dtype))
         return self
 
     def original(self, name: str) -> Tensor:
@@ -56,7 +116,11 @@ class Tables(nn.Module):
 
 
 class Schedule(Tables):
-    r"""The tables of a forward diffusion with given variances, indexed by :math:`t = 0, \dots, T`.
+    r"""The schedule of a chain with given variances.
+
+    Between the times :math:`\tau_t = t / T`, :math:`\log \bar\alpha` is interpolated linearly, so
+    that the path of the diffusion is known at every time. A subclass that knows more overrides
+    :meth:`forward`.
 
     Arguments:
         betas: The variances :math:`\beta_1, \dots, \beta_T` in :math:`(0, 1)`, with shape
@@ -72,8 +136,12 @@ class Schedule(Tables):
         tensor([0.0000, 0.1000, 0.5000])
         >>> schedule.alphas_cumprod
         tensor([1.0000, 0.9000, 0.4500])
+        >>> schedule(torch.tensor(0.25)).sigmoid()
+        tensor(0.9487)
     """
 
+    times: Tensor  #: The grid :math:`\tau_t`.
+    log_snr: Tensor  #: :math:`\lambda_t`, infinite at :math:`t = 0`.
     betas: Tensor  #: :math:`\beta_t`, with :math:`\beta_0 = 0`.
     alphas: Tensor  #: :math:`\alpha_t = 1 - \beta_t`.
     alphas_cumprod: Tensor  #: :math:`\bar\alpha_t`, with :math:`\bar\alpha_0 = 1`.
@@ -81,35 +149,134 @@ class Schedule(Tables):
     one_minus_alphas_cumprod: Tensor  #: :math:`1 - \bar\alpha_t`, free of cancellation.
     betas_tilde: Tensor  #: :math:`\tilde\beta_t`, the variance of :math:`q(z_{t-1}|z_t, z_0)`.
 
-    def __init__(self, betas: Tensor):
-        try:
-            betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"betas must be numbers, got {betas!r}") from error
-        if betas.ndim != 1 or len(betas) == 0:
-            raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
-        if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("betas must lie in (0, 1): a step neither keeps nor erases all")
-        # With less, 1 - beta is rounded to 1, and gradients of densities overflow in float32.
-        if betas.min() < 1e-15:
-            raise ValueError(f"betas must be at least 1e-15, got {betas.min():g}: use fewer steps")
+    def __init__(self, betas: Any):
+        super().__init__()
+        betas = check_betas(betas)
+        self._path = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
+        self.discretize(torch.linspace(0, 1, len(betas) + 1, dtype=torch.float64))
 
-        betas = torch.cat([betas.new_zeros(1), betas])
-        log_alphas_cumprod = torch.log1p(-betas).cumsum(0)
-        one_minus = -torch.expm1(log_alphas_cumprod)
-        previous = torch.cat([one_minus.new_zeros(1), one_minus[:-1]])
+    def forward(self, t: Tensor) -> Tensor:
+        r"""Returns the log-SNR :math:`\lambda(t)`.
 
-        super().__init__(
+        Arguments:
+            t: Times in :math:`[0, 1]`, best in float64, with shape :math:`(*)`.
+
+        Returns:
+            The log-SNR, with shape :math:`(*)`.
+        """
+        path = self._path.to(t)
+        position = t * (len(path) - 1)
+        nearest = position.round()  # a time of the grid is on it, whatever its rounding
+        position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
+        lower = position.detach().long().clamp(0, len(path) - 2)
+        log_alpha_bar = torch.lerp(path[lower], path[lower + 1], position - lower)
+        return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+
+    def discretize(self, times: Tensor) -> None:
+        r"""Makes the tables of a grid of times, with shape :math:`(T + 1,)` and in float64."""
+        with torch.no_grad():
+            log_snr = self(times).clone()
+        log_snr[0] = math.inf  # index 0 means the clean latents
+        log_alpha_bar, one_minus = F.logsigmoid(log_snr), torch.sigmoid(-log_snr)
+        betas = -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar[:1]))
+        tilde = (betas * one_minus.roll(1) / one_minus)[1:]  # 0 / 0 at t = 0, where there is none
+        self.tabulate(
             {
+                "times": times,
+                "log_snr": log_snr,
                 "betas": betas,
                 "alphas": 1 - betas,
-                "alphas_cumprod": log_alphas_cumprod.exp(),
-                "log_alphas_cumprod": log_alphas_cumprod,
+                "alphas_cumprod": log_alpha_bar.exp(),
+                "log_alphas_cumprod": log_alpha_bar,
                 "one_minus_alphas_cumprod": one_minus,
-                # 0 / 0 at t = 0, where the posterior does not exist
-                "betas_tilde": torch.cat([betas[:1], (betas * previous / one_minus)[1:]]),
+                "betas_tilde": torch.cat([betas[:1], tilde]),
             }
         )
+
+    def with_steps(self, steps: int | Tensor) -> Schedule:
+        r"""Returns the schedule of another chain along the same path.
+
+        Arguments:
+            steps: The number of steps of equal length, or the times :math:`0 = \tau_0 < \dots <
+                \tau_T = 1`, with shape :math:`(T + 1,)`.
+
+        Raises:
+            ValueError: If it is neither.
+
+        Example:
+            >>> LinearSchedule(1000).with_steps(25).alphas_cumprod[-1]
+            tensor(4.0358e-05)
+        """
+        if not isinstance(steps, Tensor):
+            check_whole("steps", steps)
+            steps = torch.linspace(0, 1, steps + 1)
+        times = steps.detach().cpu().double()
+        if times.ndim != 1 or len(times) < 2 or times[0] != 0 or times[-1] != 1:
+            raise ValueError(f"steps must be a number or times from 0 to 1, got {steps!r:.80}")
+        if not (times.diff() > 0).all():
+            raise ValueError(f"steps must be times that increase, got {steps!r:.80}")
+        new = copy.deepcopy(self)
+        new.discretize(times)
+        return new.to(self.betas)
+
+    def signal(self, t: Times, event_dim: int = 1) -> tuple[Tensor, Tensor]:
+        r"""Returns :math:`\bar\alpha` and :math:`1 - \bar\alpha`, ready to multiply latents.
+
+        Arguments:
+            t: The time(s), with shape :math:`(*)`.
+            event_dim: The number of dimensions of a latent.
+
+        Returns:
+            Two tensors of shape :math:`(*, 1, \dots, 1)`.
+        """
+        if is_index(t):
+            tables = self.alphas_cumprod, self.one_minus_alphas_cumprod
+            return tuple(at_time(table, t, event_dim) for table in tables)
+        log_snr = self.log_snr_at(t)[(...,) + (None,) * event_dim]
+        return torch.sigmoid(log_snr).to(self.betas), torch.sigmoid(-log_snr).to(self.betas)
+
+    def beta(self, t: Times, s: Times | None = None, event_dim: int = 1) -> Tensor:
+        r"""Returns the variance that the forward diffusion adds from :math:`s` to :math:`t`.
+
+        .. math:: \beta_{t|s} = 1 - \frac{\bar\alpha_t}{\bar\alpha_s}
+
+        Arguments:
+            t: The later time(s), with shape :math:`(*)`.
+            s: The earlier time(s); by default, the step before an index.
+            event_dim: The number of dimensions of a latent.
+
+        Returns:
+            The variance, with shape :math:`(*, 1, \dots, 1)`.
+        """
+        if s is None:
+            return at_time(self.betas, t, event_dim)
+        log_t, log_s = (F.logsigmoid(self.log_snr_at(u)) for u in (t, s))
+        return -torch.expm1(log_t - log_s)[(...,) + (None,) * event_dim].to(self.betas)
+
+    def log_snr_at(self, t: Times) -> Tensor:
+        r"""Returns the log-SNR at indices or times, in float64."""
+        if is_index(t):
+            table = self.original("log_snr")
+            return at_time(table.to(t.device) if isinstance(t, Tensor) else table, t, 0)
+        return self(torch.as_tensor(t, device=self.betas.device).double())
+
+    def position(self, log_snr: Tensor) -> Tensor:
+        r"""Returns where on the grid a log-SNR is: the inverse of the table ``log_snr``.
+
+        Arguments:
+            log_snr: The log-SNR, with shape :math:`(*)`.
+
+        Returns:
+            Real numbers in :math:`[1, T]`, with shape :math:`(*)`: whole ones for the log-SNR of
+            the grid, and interpolated linearly between them.
+        """
+        table = -self.original("log_snr")[1:].to(log_snr.device)
+        if len(table) == 1:
+            return torch.ones_like(log_snr)
+        value = -log_snr.double()
+        upper = torch.searchsorted(table, value.contiguous()).clamp(1, len(table) - 1)
+        low, high = table[upper - 1], table[upper]
+        return (upper + ((value - low) / (high - low)).clamp(0, 1)).to(log_snr.dtype)
 
     @property
     def num_timesteps(self) -> int:
@@ -120,13 +287,28 @@ class Schedule(Tables):
         return f"num_timesteps={self.num_timesteps}"
 
 
+def check_betas(betas: Any) -> Tensor:
+    r"""Returns variances in float64 and on the CPU, if they are the variances of a chain."""
+    try:
+        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"betas must be numbers, got {betas!r:.80}") from error
+    if betas.ndim != 1 or len(betas) == 0:
+        raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
+    if not ((betas > 0) & (betas < 1)).all():
+        raise ValueError("betas must lie in (0, 1): a step neither keeps nor erases all")
+    # With less, 1 - beta is rounded to 1, and gradients of densities overflow in float32.
+    if betas.min() < 1e-15:
+        raise ValueError(f"betas must be at least 1e-15, got {betas.min():g}: use fewer steps")
+    return betas
+
+
 class LinearSchedule(Schedule):
     r"""The linear schedule of Ho et al. and of the paper, from 1e-4 to 0.02 over 1000 steps.
 
     For :math:`T \neq 1000`, the chain observes the same noising path at :math:`T` equidistant
-    times: :math:`\log \bar\alpha` of the thousand steps is interpolated linearly. Hence
-    :math:`\bar\alpha_T \approx 4 \times 10^{-5}` for every :math:`T`, which multiplying the
-    variances by :math:`1000 / T` would only achieve for large :math:`T`.
+    times. Hence :math:`\bar\alpha_T \approx 4 \times 10^{-5}` for every :math:`T`, which
+    multiplying the variances by :math:`1000 / T` would only achieve for large :math:`T`.
 
     Arguments:
         num_timesteps: The number of steps :math:`T`.
@@ -145,17 +327,9 @@ class LinearSchedule(Schedule):
         check_whole("num_timesteps", num_timesteps)
         if not 0 < beta_min <= beta_max < 1:
             raise ValueError(f"expected 0 < beta_min <= beta_max < 1, got {beta_min}, {beta_max}")
-
-        betas = torch.linspace(beta_min, beta_max, 1000, dtype=torch.float64)
+        super().__init__(torch.linspace(beta_min, beta_max, 1000, dtype=torch.float64))
         if num_timesteps != 1000:
-            log_alphas_cumprod = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
-            times = torch.linspace(0, 1000, num_timesteps + 1, dtype=torch.float64)
-            lower = times.long().clamp(max=999)
-            path = torch.lerp(
-                log_alphas_cumprod[lower], log_alphas_cumprod[lower + 1], times - lower
-            )
-            betas = -torch.expm1(path.diff())
-        super().__init__(betas)
+            self.discretize(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))
 
 
 class CosineSchedule(Schedule):
@@ -181,17 +355,44 @@ class CosineSchedule(Schedule):
         super().__init__((1 - f[1:] / f[:-1]).clamp(max=beta_max))
 
 
+class LogSNRSchedule(Schedule):
+    r"""A schedule from a function: the log-SNR :math:`\lambda(t)` itself.
+
+    Arguments:
+        log_snr: A decreasing function of times in :math:`[0, 1]`, from tensors to tensors.
+        num_timesteps: The number of steps :math:`T`.
+
+    Example:
+        >>> schedule = LogSNRSchedule(lambda t: 10 - 20 * t, num_timesteps=4)
+        >>> schedule.log_snr
+        tensor([ inf,   5.,   0.,  -5., -10.])
+    """
+
+    def __init__(self, log_snr: Callable[[Tensor], Tensor], num_timesteps: int = 1000):
+        Tables.__init__(self)
+        check_whole("num_timesteps", num_timesteps)
+        self.function = log_snr
+        self.discretize(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))
+        if not (self.original("log_snr").diff() < 0).all():
+            raise ValueError("log_snr must decrease from t = 0 to t = 1")
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.function(t)
+
+
 SCHEDULES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "cosine": CosineSchedule}
 
 
-def make_schedule(schedule: str | Schedule, num_timesteps: int) -> Schedule:
+def make_schedule(schedule: str | Schedule | Tensor, num_timesteps: int) -> Schedule:
     r"""Returns the schedule of that name, or the given one if it has the right length.
 
     Arguments:
-        schedule: ``"linear"``, ``"cosine"`` or a :class:`Schedule`.
+        schedule: ``"linear"``, ``"cosine"``, a :class:`Schedule`, or its variances :math:`\beta_t`.
         num_timesteps: The number of steps :math:`T`.
     """
     check_whole("num_timesteps", num_timesteps)
+    if isinstance(schedule, Tensor):
+        schedule = Schedule(schedule)
     if isinstance(schedule, Schedule):
         if schedule.num_timesteps != num_timesteps:
             raise ValueError(

@@ -12,7 +12,7 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from scipy import stats
 
 from pyro_vaediff import DiffusionPrior, Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.bench import linear_gaussian_vae
+from pyro_vaediff.testing import linear_gaussian_vae
 from pyro_vaediff.infer import Antithetic, Timesteps
 from pyro_vaediff.infer.timestep_elbo import PLATE
 
@@ -134,7 +134,7 @@ def test_whole_chains_are_mirrored_over_particles(device, order):
         # In a linear chain, mirrored noise means mirrored states.
         z = nodes[f"z_{t}"]["value"]
         alpha_bar = vae.prior.schedule.alphas_cumprod[t]
-        mean = alpha_bar.sqrt() * vae.encode(x).mean
+        mean = alpha_bar.sqrt() * vae.encoder(x).mean
         torch.testing.assert_close(z.mean(0).squeeze(0), mean, atol=1e-10, rtol=0)
 
 

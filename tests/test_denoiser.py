@@ -9,8 +9,8 @@ import torch
 
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.likelihoods.distributions import Normal
-from pyro_vaediff.nn import DENOISERS, PreconditionedDenoiser, ResidualDenoiser, make_denoiser
-from pyro_vaediff.nn.denoiser import log_snr_embedding
+from pyro_vaediff.nn import DENOISERS, PreconditionedDenoiser, ResidualMLP, make_denoiser
+from pyro_vaediff.nn.backbones import log_snr_embedding
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
@@ -58,7 +58,7 @@ def test_the_embedding_is_of_the_log_snr(schedule):
 
 def test_one_timestep_has_an_embedding():
     assert log_snr_embedding(Schedule(torch.tensor([0.5])), 2).isfinite().all()
-    net = ResidualDenoiser(2, LinearSchedule(1), width=8)
+    net = ResidualMLP(2, LinearSchedule(1), width=8)
     assert net(torch.zeros(3, 2), 1).shape == (3, 2)
 
 

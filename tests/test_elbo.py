@@ -20,7 +20,7 @@ from unbiased import (
 )
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
+from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.testing.affine import condition, covariance, stack
 
 NUM_DATA = 2
@@ -157,7 +157,7 @@ def test_path_derivative_of_the_unrolled_chain(x, order):
         lambda w: dist.Delta(w, event_dim=1),
         lambda w: dist.Uniform(w - 1, w + w.square()).to_event(1),
     ],
-    ids=["Delta", "Uniform"],
+    ids=["Delta", "UniformTimesteps"],
 )
 def test_densities_without_a_path(device, q_z0):
     prior = DiffusionPrior(2, num_timesteps=4).to(device)
@@ -211,9 +211,9 @@ def test_weightings(x, weighting, reverse_variance, timesteps, T):
 def test_gaussian_prior(x, make):
     encoder, decoder = LinearGaussian(3, 2, log_scale=-0.5), LinearGaussian(2, 3, log_scale=0.0)
     vae = VAE(encoder, decoder, GaussianPrior(2)).double().to(x.device)
-    q_z0 = vae.encode(x)
+    q_z0 = vae.encoder(x)
     m, s2 = q_z0.mean, q_z0.variance
-    residual = x - vae.decode(m).mean
+    residual = x - vae.decoder(m).mean
     scatter = decoder.weight[0] @ torch.diag_embed(s2) @ decoder.weight[0].mT
     sigma = decoder.log_scale[0].exp()
     squares = (residual.square() + scatter.diagonal(dim1=-2, dim2=-1)) / sigma.square()

@@ -11,7 +11,7 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
+from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.infer import check_mean_field, elbo_terms
 
 ESTIMATORS = {

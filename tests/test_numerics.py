@@ -18,13 +18,13 @@ from pyro.poutine.messenger import Messenger
 from pyro_vaediff import VAE, DiffusionPrior
 from pyro_vaediff.diffusion import base_normal, kl_normal
 from pyro_vaediff.evaluate.elbo import preprocess
-from pyro_vaediff.infer import PROPOSALS, Importance, Timestep_ELBO, elbo_terms
+from pyro_vaediff.infer import PROPOSALS, ImportanceTimesteps, Timestep_ELBO, elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import (
     ConvDecoder,
     ConvEncoder,
     PreconditionedDenoiser,
-    ResidualDenoiser,
+    ResidualMLP,
     bounded_scale,
 )
 from pyro_vaediff.priors import PRIORS
@@ -79,7 +79,7 @@ def test_tables_are_finite(schedule, parameterization, reverse_variance):
     assert (get("betas_tilde") <= get("betas") * (1 + 1e-15)).all()
     assert ((get("one_minus_alphas_cumprod") > 0)[1:]).all()
     prior = DiffusionPrior(
-        1, T, schedule, ResidualDenoiser(1, schedule, 2, width=2), parameterization,
+        1, T, schedule, ResidualMLP(1, schedule, 2, width=2), parameterization,
         reverse_variance,
     )  # fmt: skip
     for dtype in DTYPES:
@@ -92,9 +92,9 @@ def test_tables_are_finite(schedule, parameterization, reverse_variance):
                 with one_line_value_error("the schedule erases z_0: .* choose smaller betas"):
                     call()
         assert all(table.isfinite().all() for table in tables.values())
-        assert (prior.kernel.sigmas[1:] > 0).all()
+        assert (prior.denoiser.kernel.sigmas[1:] > 0).all()
         for conditioning in ("z_0", "x") if T > 1 else ():
-            probs = Importance()(prior, conditioning, 2)
+            probs = ImportanceTimesteps()(prior, conditioning, 2)
             assert probs.isfinite().all() and (probs > 0).all()
             assert probs.double().sum() == pytest.approx(1.0, abs=1e-4)
 
@@ -130,7 +130,7 @@ def test_chains_are_finite(
     torch.manual_seed(0)
     T, num_outputs = schedule.num_timesteps, 2 if reverse_variance == "learned" else 1
     preconditioned &= parameterization == "eps"
-    network = PreconditionedDenoiser if preconditioned else ResidualDenoiser
+    network = PreconditionedDenoiser if preconditioned else ResidualMLP
     denoiser = network(latent_dim, schedule, num_outputs, width=8, num_blocks=1)
     torch.nn.init.normal_(denoiser.outputs.weight, std=0.3)
     if preconditioned:

@@ -9,7 +9,7 @@ import torch
 from errors import one_line_value_error
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior
-from pyro_vaediff.bench import (
+from pyro_vaediff.testing import (
     LinearDenoiser,
     LinearGaussian,
     Oracle,
@@ -71,12 +71,12 @@ def test_copies_are_the_same_vae_with_gradients_per_datum(vae, x):
     copies = one_copy_per_datum(vae, len(x))
     assert all(parameter.shape[0] == 1 for parameter in vae.parameters())
     z_0 = x[:, :2]
-    torch.testing.assert_close(copies.decode(z_0).mean, vae.decode(z_0).mean)
+    torch.testing.assert_close(copies.decoder(z_0).mean, vae.decoder(z_0).mean)
     torch.testing.assert_close(copies.prior.denoiser(z_0, 2), vae.prior.denoiser(z_0, 2))
 
-    copies.encode(x).log_prob(z_0).sum().backward()
-    log_q = vae.encode(x).log_prob(z_0)
-    torch.testing.assert_close(copies.encode(x).log_prob(z_0), log_q)
+    copies.encoder(x).log_prob(z_0).sum().backward()
+    log_q = vae.encoder(x).log_prob(z_0)
+    torch.testing.assert_close(copies.encoder(x).log_prob(z_0), log_q)
     for i in range(len(x)):
         (gradient,) = torch.autograd.grad(log_q[i], vae.encoder.weight, retain_graph=True)
         torch.testing.assert_close(copies.encoder.weight.grad[i], gradient[0])
@@ -157,7 +157,7 @@ def with_another(vae, name):
         ("prior", "^vae.prior must be of class DiffusionPrior, got GaussianPrior: "),
         ("encoder", "^vae.encoder must be of class LinearGaussian, got HalfGaussian: "),
         ("decoder", "^vae.decoder must be of class LinearGaussian, got Linear: "),
-        ("denoiser", "^vae.prior.denoiser must be of class LinearDenoiser, got ResidualDenoiser: "),
+        ("denoiser", "^vae.prior.denoiser must be of class LinearDenoiser, got ResidualMLP: "),
         (
             "copies",
             r"^vae.encoder.weight must have shape \(1, 2, 3\), got \(2, 2, 3\): .* one copy",

@@ -16,7 +16,7 @@ from torch import nn
 
 from pyro_vaediff import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, VampPrior
 from pyro_vaediff.diffusion import q_reverse
-from pyro_vaediff.nn import MLPDenoiser, ResidualDenoiser, make_denoiser
+from pyro_vaediff.nn import MLPBackbone, ResidualMLP, make_denoiser
 from pyro_vaediff.schedules import LinearSchedule, Schedule
 from pyro_vaediff.train.build import make_prior
 from pyro_vaediff.train.config import ModelConfig
@@ -180,7 +180,7 @@ def test_a_prediction_moves_the_mean_as_its_definition_says(device, schedule, re
 def test_denoise_is_what_the_reverse_mean_implies(device, reverse_variance, parameterization):
     num_outputs = 2 if reverse_variance == "learned" else 1
     prior = DiffusionPrior(
-        2, 6, "cosine", MLPDenoiser(2, 6, num_outputs, [16]), parameterization, reverse_variance
+        2, 6, "cosine", MLPBackbone(2, 6, num_outputs, [16]), parameterization, reverse_variance
     )
     nn.init.normal_(prior.denoiser.net[-1].weight)
     prior = prior.double().to(device)
@@ -246,9 +246,9 @@ def test_outside_of_plates_there_is_one_sample(device, name):
         (lambda: MixturePrior(2, num_components=0), "num_components .* got 0"),
         (lambda: VampPrior(None, 2, (2,), num_components=1.5), "num_components .* got 1.5"),
         (lambda: VampPrior(None, 2, (2,), support=(1, 0)), r"support .* got \(1, 0\)"),
-        (lambda: ResidualDenoiser(2, LinearSchedule(5), embedding_dim=3), "positive, got 3"),
+        (lambda: ResidualMLP(2, LinearSchedule(5), embedding_dim=3), "positive, got 3"),
         (lambda: make_denoiser("unet", 2, LinearSchedule(5)), "unknown denoiser 'unet': .*mlp"),
-        (lambda: MLPDenoiser(2, 5, embedding_dim=3), "even and positive, got 3"),
+        (lambda: MLPBackbone(2, 5, embedding_dim=3), "even and positive, got 3"),
     ],
 )
 def test_bad_input(make, match):

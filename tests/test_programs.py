@@ -151,8 +151,8 @@ def test_predictive(device, x, name, parallel):
     posterior = Predictive(vae.model, guide=vae.guide, num_samples=6, parallel=parallel)(x)
     assert posterior["z_0"].shape == (6, 5, 3)
     # The latents are the guide's: they follow the images.
-    spread = posterior["z_0"].mean(0) - vae.encode(x).mean
-    assert (spread.abs() < 6 * vae.encode(x).stddev / 6**0.5).all()
+    spread = posterior["z_0"].mean(0) - vae.encoder(x).mean
+    assert (spread.abs() < 6 * vae.encoder(x).stddev / 6**0.5).all()
 
 
 def test_interventions_reach_the_sites(device):

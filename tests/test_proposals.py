@@ -9,8 +9,8 @@ from pyro import poutine
 from scipy import stats
 
 from pyro_vaediff import DiffusionPrior, Timestep_ELBO
-from pyro_vaediff.bench import linear_gaussian_vae
-from pyro_vaediff.infer import Importance, LossAware, Proposal, Timesteps, Uniform
+from pyro_vaediff.testing import linear_gaussian_vae
+from pyro_vaediff.infer import ImportanceTimesteps, LossAwareTimesteps, Proposal, Timesteps, UniformTimesteps
 from pyro_vaediff.testing.affine import condition, white_noise
 
 PROBS = torch.tensor([0.5, 0.03, 0.2, 0.07, 0.2], dtype=torch.float64)
@@ -126,10 +126,10 @@ def test_importance_is_exact_for_a_standard_normal(
     kl = torch.stack(
         [kl_under_a_standard_normal(prior, t, scale, with_constant) for t in range(2, 9)]
     )
-    probs = Importance(scale=0.3, uniform=0.2)(prior, conditioning, first=2)
+    probs = ImportanceTimesteps(scale=0.3, uniform=0.2)(prior, conditioning, first=2)
     expected = 0.8 * kl / kl.sum() + 0.2 / 7
     torch.testing.assert_close(probs.cpu(), expected, atol=1e-10, rtol=0)
-    assert (Uniform()(prior, conditioning, first=2) == 1 / 7).all()
+    assert (UniformTimesteps()(prior, conditioning, first=2) == 1 / 7).all()
 
 
 def test_typical_kl_is_exact_from_the_first_step(device):
@@ -149,7 +149,7 @@ def test_the_first_step_given_z_0_is_finite(device, reverse_variance):
 
 
 @pytest.mark.parametrize("T", [1, 2, 1000])
-@pytest.mark.parametrize("Chosen", [Uniform, Importance, LossAware])
+@pytest.mark.parametrize("Chosen", [UniformTimesteps, ImportanceTimesteps, LossAwareTimesteps])
 def test_probabilities_of_any_chain(device, Chosen, T):
     prior = DiffusionPrior(2, T).to(device)
     for conditioning in ("z_0", "x"):
@@ -160,10 +160,10 @@ def test_probabilities_of_any_chain(device, Chosen, T):
 
 
 def test_one_importance_serves_several_priors(device):
-    importance = Importance()
+    importance = ImportanceTimesteps()
     priors = [DiffusionPrior(2, 5, schedule).to(device) for schedule in ("linear", "cosine")] * 2
     for prior in priors:
-        expected = Importance()(prior, "z_0", 2)
+        expected = ImportanceTimesteps()(prior, "z_0", 2)
         torch.testing.assert_close(importance(prior, "z_0", 2), expected)
 
 
@@ -173,7 +173,7 @@ def test_one_importance_serves_several_priors(device):
 def test_loss_aware_learns_the_optimal_proposal(device):
     T, prior = 6, DiffusionPrior(2, 6).double().to(device)
     rms = torch.tensor([0.0, 0.0, 3.0, 0.5, 1.0, 0.0, 2.0], dtype=torch.float64, device=device)
-    proposal = LossAware(decay=0.98, uniform=0.1)
+    proposal = LossAwareTimesteps(decay=0.98, uniform=0.1)
     for _ in range(800):
         probs = proposal(prior, "z_0", first=2)
         t = Timesteps(probs, first=2, low_discrepancy=True).expand([4, 50]).sample()
@@ -187,12 +187,12 @@ def test_loss_aware_learns_the_optimal_proposal(device):
 
     optimum = rms.sum() ** 2
     assert second_moment(proposal(prior, "z_0", first=2)) < 1.2 * optimum
-    assert second_moment(Uniform()(prior, "z_0", first=2)) > 1.5 * optimum
+    assert second_moment(UniformTimesteps()(prior, "z_0", first=2)) > 1.5 * optimum
 
 
 def test_loss_aware_leaves_unseen_timesteps_alone(device):
     prior = DiffusionPrior(2, 4).double().to(device)
-    proposal = LossAware(decay=0.75)
+    proposal = LossAwareTimesteps(decay=0.75)
     proposal(prior, "z_0", first=2)
     before = proposal.squares.clone()
     t = torch.tensor([[2, 2], [4, 2]], device=device)
@@ -251,10 +251,10 @@ def test_any_proposal_may_learn(device, vectorize):
 @pytest.mark.parametrize(
     "Chosen, options, match",
     [
-        (Importance, {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
-        (Importance, {"uniform": 0.0}, "uniform must be in"),
-        (LossAware, {"uniform": 1.5}, "uniform must be in"),
-        (LossAware, {"decay": 1.0}, "decay must be in"),
+        (ImportanceTimesteps, {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+        (ImportanceTimesteps, {"uniform": 0.0}, "uniform must be in"),
+        (LossAwareTimesteps, {"uniform": 1.5}, "uniform must be in"),
+        (LossAwareTimesteps, {"decay": 1.0}, "decay must be in"),
     ],
 )
 def test_bad_options(Chosen, options, match):

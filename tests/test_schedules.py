@@ -11,8 +11,8 @@ import torch
 from errors import one_line_value_error
 
 from pyro_vaediff import DiffusionPrior
-from pyro_vaediff.diffusion import at_time
-from pyro_vaediff.nn import MLPDenoiser
+from pyro_vaediff.schedules import at_time
+from pyro_vaediff.nn import MLPBackbone
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule, make_schedule
 
 TABLES = ("betas", "alphas", "alphas_cumprod", "one_minus_alphas_cumprod", "betas_tilde")
@@ -88,7 +88,7 @@ def test_one_minus_alphas_cumprod_is_free_of_cancellation():
     "make", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 )
 def test_a_change_of_dtype_rounds_afresh_from_float64(device, make):
-    for module in (CosineSchedule(50), DiffusionPrior(2, 50), MLPDenoiser(2, 50)):
+    for module in (CosineSchedule(50), DiffusionPrior(2, 50), MLPBackbone(2, 50)):
         module = make(module).to(device)
         for dtype in (torch.float64, torch.float16, torch.float64, torch.float32):
             module.to(dtype)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_vaediff.bench import Oracle, one_copy_per_datum
+from pyro_vaediff.testing import Oracle, one_copy_per_datum
 
 NUM_REPLICAS = 10_000
 

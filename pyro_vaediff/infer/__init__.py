@@ -2,28 +2,43 @@ r"""Estimators of the ELBO, and checks of when they are valid."""
 
 from .antithetic import Antithetic
 from .checks import check_mean_field
-from .factory import make_elbo, particle_options
-from .proposals import PROPOSALS, Importance, LossAware, Proposal, Timesteps, Uniform
-from .terms import elbo_terms
-from .timestep_elbo import Collapse, Timestep_ELBO
-from .trace_kl_elbo import TraceKL_ELBO
-from .weightings import WEIGHTINGS, Weighting
+from .factory import ESTIMATORS, make_elbo, particle_options
+from .proposals import (
+    PROPOSALS,
+    ImportanceTimesteps,
+    LossAwareTimesteps,
+    Proposal,
+    Timesteps,
+    UniformTimesteps,
+    typical_kl,
+    variance_kl,
+)
+from .reweighted import REWEIGHTINGS, Reweighted
+from .terms import differentiable_terms, elbo_terms
+from .timestep_elbo import CollapseChain, Timestep_ELBO
+from .trace_kl_elbo import Term, TermsELBO, TraceKL_ELBO
 
 __all__ = [
+    "ESTIMATORS",
     "PROPOSALS",
-    "WEIGHTINGS",
+    "REWEIGHTINGS",
     "Antithetic",
-    "Collapse",
-    "Importance",
-    "LossAware",
+    "CollapseChain",
+    "ImportanceTimesteps",
+    "LossAwareTimesteps",
     "Proposal",
+    "Reweighted",
+    "Term",
+    "TermsELBO",
     "Timestep_ELBO",
     "Timesteps",
     "TraceKL_ELBO",
-    "Uniform",
-    "Weighting",
+    "UniformTimesteps",
     "check_mean_field",
+    "differentiable_terms",
     "elbo_terms",
     "make_elbo",
     "particle_options",
+    "typical_kl",
+    "variance_kl",
 ]

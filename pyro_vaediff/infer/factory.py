@@ -3,10 +3,12 @@ r"""Estimators by name."""
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO
 
 from ..arguments import check_choice, check_whole
+from .reweighted import Reweighted
 from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import TraceKL_ELBO
 
@@ -31,16 +33,19 @@ def particle_options(num_particles: int) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def make_elbo(name: str, **options) -> ELBO:
+def make_elbo(name: str, weighting: str = "elbo", **options: Any) -> ELBO:
     r"""Returns the estimator of that name.
 
     Arguments:
         name: ``"timestep"``, ``"trace"`` or ``"trace-kl"``.
+        weighting: ``"elbo"``, or the name of a :class:`Reweighted` objective, which is no bound.
         options: Keyword arguments of :class:`Timestep_ELBO`, of which the others take those that
             they have: they have no timesteps to choose.
     """
     check_choice("estimator", name, ESTIMATORS)
     if name != "timestep":
         known = inspect.signature(ESTIMATORS[name]).parameters
+        known = known | inspect.signature(Trace_ELBO).parameters
         options = {key: value for key, value in options.items() if key in known}
-    return ESTIMATORS[name](**options)
+    elbo = ESTIMATORS[name](**options)
+    return elbo if weighting == "elbo" else Reweighted(elbo, weighting)

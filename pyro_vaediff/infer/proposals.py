@@ -20,7 +20,16 @@ from torch import Size, Tensor, nn
 
 from ..priors import DiffusionPrior
 
-__all__ = ["PROPOSALS", "Importance", "LossAware", "Proposal", "Timesteps", "Uniform"]
+__all__ = [
+    "PROPOSALS",
+    "ImportanceTimesteps",
+    "LossAwareTimesteps",
+    "Proposal",
+    "Timesteps",
+    "UniformTimesteps",
+    "typical_kl",
+    "variance_kl",
+]
 
 
 class Timesteps(dist.TorchDistribution):
@@ -101,35 +110,34 @@ class Proposal(nn.Module, ABC):
     r"""A rule that assigns a prior its probabilities :math:`r(t)`."""
 
     @abstractmethod
-    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
-        r"""Returns :math:`r(t)` for :math:`t` from ``first`` to :math:`T`.
+    def forward(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
+        r"""Returns :math:`r(t)` for :math:`t = 2, \dots, T`; the step :math:`t = 1` is never drawn.
 
         Arguments:
             prior: The prior whose chain is estimated.
             conditioning: What the guide's reverse kernel is conditioned on, ``"z_0"`` or ``"x"``.
-            first: The first timestep of the sum, 1 or 2.
 
         Returns:
-            The probabilities, with shape :math:`(T + 1 - \mathrm{first},)`.
+            The probabilities, with shape :math:`(T - 1,)`.
         """
 
     def update(self, t: Tensor, terms: Tensor) -> None:
         r"""Learns from terms :math:`L_t` at timesteps ``t``, two tensors of the same shape."""
 
 
-class Uniform(Proposal):
+class UniformTimesteps(Proposal):
     r"""Every timestep is as likely as any other, as in the paper."""
 
-    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
-        n = prior.num_timesteps + 1 - first
-        return prior.origin.new_full((n,), 1 / n)
+    def forward(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
+        n = prior.num_timesteps - 1
+        return prior.schedule.betas.new_full((n,), 1 / n)
 
 
-class Importance(Proposal):
+class ImportanceTimesteps(Proposal):
     r"""Timesteps in proportion to the terms that a standard Gaussian :math:`q(z_0)` would have.
 
     If the aggregate posterior is :math:`\mathcal{N}(0, I)` and the prior as well, every term is
-    known in closed form, see :meth:`~pyro_vaediff.priors.DiffusionPrior.typical_kl`. Trained
+    known in closed form, see :func:`typical_kl`. Trained
     models differ from that by a factor that changes slowly with :math:`t`.
 
     Arguments:
@@ -146,21 +154,21 @@ class Importance(Proposal):
             raise ValueError(f"uniform must be in (0, 1], got {uniform}")
         self.scale = scale
         self.uniform = uniform
-        self._cache: dict = {}
+        self._cache: tuple[object, Tensor] | None = None
 
-    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
-        key = (id(prior.kernel), conditioning, first, prior.origin.device, prior.origin.dtype)
-        if key not in self._cache:
-            kl = prior.typical_kl(0.0 if conditioning == "z_0" else self.scale)[first:]
+    def forward(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
+        key = (prior.denoiser.kernel, conditioning)
+        like = prior.schedule.betas
+        if self._cache is None or self._cache[0] != key or self._cache[1].device != like.device:
+            kl = typical_kl(prior, 0.0 if conditioning == "z_0" else self.scale)[2:]
             # Of a chain that does next to nothing, or erases all at once, rounding is left.
             kl = kl.clamp(min=0) + torch.finfo(kl.dtype).tiny
             probs = (1 - self.uniform) * kl / kl.sum() + self.uniform / len(kl)
-            # The kernel is kept along with its table, so that its id is not given to another one.
-            self._cache = {key: (probs.to(prior.origin), prior.kernel)}
-        return self._cache[key][0]
+            self._cache = key, probs.to(like.device)
+        return self._cache[1].to(like.dtype)
 
 
-class LossAware(Proposal):
+class LossAwareTimesteps(Proposal):
     r"""Timesteps in proportion to :math:`\sqrt{E[L_t^2]}`, learned from the terms that were seen.
 
     Arguments:
@@ -185,14 +193,14 @@ class LossAware(Proposal):
         self.uniform = uniform
         self.register_buffer("squares", torch.zeros(0))
 
-    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
-        T = prior.num_timesteps
-        if len(self.squares) != T + 1:
+    def forward(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
+        like = prior.schedule.betas
+        if len(self.squares) != prior.num_timesteps + 1:
             # Until a timestep is seen, what is known of a standard Gaussian stands in for it.
-            kl = prior.typical_kl(0.0 if conditioning == "z_0" else 0.3)
-            self.squares = (prior.latent_dim * kl).square().to(prior.origin)
-        self.squares = self.squares.to(prior.origin)  # a checkpoint may come from another device
-        rms = self.squares[first:].sqrt() + torch.finfo(self.squares.dtype).tiny
+            kl = typical_kl(prior, 0.0 if conditioning == "z_0" else 0.3)
+            self.squares = (prior.latent_dim * kl).square().to(like)
+        self.squares = self.squares.to(like)  # a checkpoint may come from another device
+        rms = self.squares[2:].sqrt() + torch.finfo(self.squares.dtype).tiny
         return (1 - self.uniform) * rms / rms.sum() + self.uniform / len(rms)
 
     @torch.no_grad()
@@ -209,8 +217,56 @@ class LossAware(Proposal):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def variance_kl(prior: DiffusionPrior) -> Tensor:
+    r"""Returns the part of :math:`\mathrm{KL}(q(z_{t-1}|z_t, z_0) \,\|\, p(z_{t-1}|z_t))` that is
+    due to the variances, per dimension and for a fixed :math:`\sigma_t^2`.
+
+    .. math:: \frac{1}{2} \left( \frac{\tilde\beta_t}{\sigma_t^2} - 1 - \log
+        \frac{\tilde\beta_t}{\sigma_t^2} \right)
+
+    Arguments:
+        prior: The prior.
+
+    Returns:
+        The KLs in nats, in float64, with shape :math:`(T + 1,)` and zero for :math:`t \leq 1`.
+    """
+    sigmas = prior.denoiser.kernel.original("sigmas")
+    ratio = prior.schedule.original("betas_tilde") / sigmas.square()
+    ratio[:2] = 1.0  # no steps
+    return (ratio - 1 - ratio.log()) / 2
+
+
+def typical_kl(prior: DiffusionPrior, scale: float) -> Tensor:
+    r"""Returns the expected KL of each step if both the aggregate posterior and the prior are
+    :math:`\mathcal{N}(0, I)`, per dimension and without :func:`variance_kl` if it is constant.
+
+    Arguments:
+        prior: The prior.
+        scale: The encoder's scale :math:`s`, with :math:`s = 0` for KLs given :math:`z_0`.
+
+    Returns:
+        The KLs in nats, in float64, with shape :math:`(T + 1,)` and zero at :math:`t = 0`.
+    """
+    original, kernel = prior.schedule.original, prior.denoiser.kernel.original
+    alpha_bar, sigma = original("alphas_cumprod"), kernel("sigmas")
+    v = alpha_bar * scale**2 + original("one_minus_alphas_cumprod")
+    v[0] = scale**2
+    ratio = torch.where(v > 0, v.roll(1) / v, 0.0)
+    # E|mu_q - skip z_t|^2 for z_t = m_t + sqrt(v_t) eps, where m ~ N(0, 1 - s^2)
+    skip, gain = kernel("skips"), original("alphas").sqrt() * ratio
+    of_m = (alpha_bar.roll(1).sqrt() - skip * alpha_bar.sqrt()).square()
+    kl = (of_m * max(0.0, 1 - scale**2) + (gain - skip).square() * v) / (2 * sigma.square())
+    if scale > 0:
+        rho = ratio * original("betas") / sigma.square()
+        kl = kl + (rho - 1 - rho.log()) / 2
+    elif prior.denoiser.variance.num_outputs > 1:
+        kl = kl + variance_kl(prior)
+    kl[0] = 0.0
+    return kl
+
+
 PROPOSALS: dict[str, type[Proposal]] = {
-    "uniform": Uniform,
-    "importance": Importance,
-    "loss-aware": LossAware,
+    "uniform": UniformTimesteps,
+    "importance": ImportanceTimesteps,
+    "loss-aware": LossAwareTimesteps,
 }

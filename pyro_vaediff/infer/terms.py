@@ -2,15 +2,13 @@ r"""The negative ELBO per datum and per term."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
-import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
 from .timestep_elbo import Timestep_ELBO
-from .trace_kl_elbo import TraceKL_ELBO
+from .trace_kl_elbo import TermsELBO, TraceKL_ELBO, per_datum
 
 __all__ = ["differentiable_terms", "elbo_terms"]
 
@@ -57,12 +55,8 @@ def elbo_terms(
         raise ValueError("elbo must not vectorize its particles: their terms cannot be told apart")
 
     totals: dict[str, Tensor] = {}
-    for traces in elbo._get_traces(model, guide, args, kwargs):
-        particle = defaultdict(list)
-        for name, term in elbo.site_terms(*traces):
-            particle[name].append(term)  # once per chunk of a sum over timesteps
-        for name, chunks in particle.items():
-            term = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+    for particle in elbo.particles(model, guide, *args, **kwargs):
+        for name, term in per_datum(particle).items():
             totals[name] = totals.get(name, 0.0) + term / elbo.num_particles
     return totals
 
@@ -71,6 +65,6 @@ def differentiable_terms(
     elbo: ELBO, model: Callable, guide: Callable, *args, **kwargs
 ) -> dict[str, Tensor]:
     r"""Returns the terms of a differentiable loss; of Pyro's own estimators only their sum."""
-    if isinstance(elbo, TraceKL_ELBO):
+    if isinstance(elbo, TermsELBO):
         return elbo.terms(model, guide, *args, **kwargs)
     return {"-ELBO": elbo.differentiable_loss(model, guide, *args, **kwargs)}

@@ -1,13 +1,16 @@
 r"""The ELBO of a diffusion prior from a few timesteps per datum.
 
 The same ``prior.model()`` and ``prior.guide(q_z0)`` which unroll into :math:`T + 1` sample sites
-are re-interpreted by an effect handler, :class:`Collapse`, as two programs with the sites of a few
-timesteps. The bound is the same, its cost does not depend on :math:`T`.
+are re-interpreted by an effect handler, :class:`CollapseChain`, as two programs with the sites of a
+few timesteps. The bound is the same, its cost does not depend on :math:`T`.
 """
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -18,20 +21,20 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..arguments import check_choice, check_whole
-from ..diffusion import at_time, normal, q_marginal, q_reverse, q_reverse_moments
+from ..diffusion import normal, q_marginal, q_reverse, q_reverse_moments
 from ..priors import DiffusionPrior
 from ..register import register
-from .proposals import PROPOSALS, Proposal, Timesteps
-from .trace_kl_elbo import TraceKL_ELBO
-from .weightings import WEIGHTINGS, Weighting
+from ..schedules import at_time
+from .proposals import PROPOSALS, Proposal, Timesteps, variance_kl
+from .trace_kl_elbo import Term, TraceKL_ELBO
 
-__all__ = ["Collapse", "Timestep_ELBO"]
+__all__ = ["CollapseChain", "Timestep_ELBO"]
 
 CONDITIONINGS = ("z_0", "x")
 PLATE = "diffusion_timesteps"  # unlike any plate of the programs around
 
 
-class Collapse(Messenger):
+class CollapseChain(Messenger):
     r"""An effect handler that interprets the chain of a diffusion prior as a few of its steps.
 
     For each chosen timestep there are two sites: ``"z_t"`` has the law :math:`q(z_t | \cdot)` and
@@ -39,28 +42,25 @@ class Collapse(Messenger):
     \cdot)` and :math:`p(z_s | z_t)`, and the weight :math:`1 / k r(t)` of its timestep.
 
     Arguments:
-        proposal: The proposal of the timesteps, or ``None`` for all of them.
+        propose: A function that returns the proposal of a prior, or ``None`` for all timesteps.
         k: The number of timesteps per datum.
         conditioning: What the dot stands for, ``"z_0"`` or ``"x"``.
-        weighting: The weighting of the timesteps.
         low_discrepancy: Whether the timesteps of a batch are spread evenly.
         chunk_size: The number of timesteps that are evaluated at once if there is no proposal.
     """
 
     def __init__(
         self,
-        proposal: Proposal | None,
+        propose: Callable[[DiffusionPrior], Proposal] | None,
         k: int,
         conditioning: str,
-        weighting: Weighting,
         low_discrepancy: bool,
         chunk_size: int,
     ):
         super().__init__()
-        self.proposal = proposal
+        self.propose = propose
         self.k = k
         self.conditioning = conditioning
-        self.weighting = weighting
         self.low_discrepancy = low_discrepancy
         self.chunk_size = chunk_size
 
@@ -71,80 +71,90 @@ class Collapse(Messenger):
     def _pyro_diffusion_guide(self, msg: dict) -> None:
         msg["fn"] = self.guide
 
-    def model(self, prior: DiffusionPrior) -> Tensor:
-        r"""Interprets ``prior.model()``."""
+    def model(self, prior: DiffusionPrior, c: Tensor | None = None) -> Tensor:
+        r"""Interprets ``prior.model(c)``."""
         register("prior", prior)
-        constant = self.weighting.constant(prior, self.conditioning)
-        if constant:
-            pyro.factor("constant", prior.origin.new_full((), -constant))
-        p_T, T = prior.standard_normal(), prior.num_timesteps
-        with poutine.mask(mask=self.weighting.keep_z_T):
-            z_T = pyro.sample(f"z_{T}", p_T)
+        self.add_constant(prior)
         # Nuisances have no law in the model. Their distributions only say which shape they have.
+        p_T, T = prior.standard_normal(), prior.num_timesteps
+        z_T = pyro.sample(f"z_{T}", p_T)
         z_1 = z_T if T == 1 else nuisance("z_1", p_T)
         for chunk, t in self.timesteps(prior):
             z_t = nuisance(f"z_t{chunk}", p_T)
-            p_s = prior.reverse(z_t, t)
-            pyro.sample(f"z_s{chunk}", self.rescale(prior, p_s.mean, p_s.stddev, t))
-        with poutine.mask(mask=self.weighting.keep_z_0):
-            return pyro.sample("z_0", prior.reverse(z_1, 1))
+            pyro.sample(f"z_s{chunk}", prior.reverse(z_t, t, c))
+        return pyro.sample("z_0", prior.reverse(z_1, 1, c))
 
-    def guide(self, prior: DiffusionPrior, q_z0: dist.TorchDistribution) -> Tensor:
-        r"""Interprets ``prior.guide(q_z0)``."""
+    def guide(
+        self, prior: DiffusionPrior, q_z0: dist.TorchDistribution, c: Tensor | None = None
+    ) -> Tensor:
+        r"""Interprets ``prior.guide(q_z0, c)``."""
         prior.check_posterior(q_z0)
-        schedule, T, legal = prior.schedule, prior.num_timesteps, {"closed_form_kl": True}
-        start = q_z0 if self.conditioning == "x" else pyro.sample("z_0", q_z0)
-        with poutine.mask(mask=self.weighting.keep_z_T):
-            z_T = pyro.sample(f"z_{T}", q_marginal(schedule, start, T), infer=dict(legal))
-        z_1 = z_T if T == 1 else nuisance("z_1", q_marginal(schedule, start, 1))
+        q, T, n = prior.schedule, prior.num_timesteps, prior.event_dim
+        legal, given_x = {"closed_form_kl": True}, self.conditioning == "x"
+        start = q_z0 if given_x else pyro.sample("z_0", q_z0, infer=prior.role(0))
+        z_T = pyro.sample(f"z_{T}", q_marginal(q, start, T, n), infer=legal | prior.role(T))
+        z_1 = z_T if T == 1 else nuisance("z_1", q_marginal(q, start, 1, n))
         for chunk, t in self.timesteps(prior):
-            z_t = nuisance(f"z_t{chunk}", q_marginal(schedule, start, t))
-            loc, variance = q_reverse_moments(schedule, start, z_t, t)
-            q_s = self.rescale(prior, loc, variance.sqrt(), t)
-            pyro.sample(f"z_s{chunk}", q_s, infer=dict(legal))
-        if self.conditioning == "z_0":
+            z_t = nuisance(f"z_t{chunk}", q_marginal(q, start, t, n))
+            role = {"role": "steps", "t": t, "prior": prior, "chunk": chunk}
+            pyro.sample(f"z_s{chunk}", self.q_reverse(prior, start, z_t, t), infer=legal | role)
+        if not given_x:
             return start
-        return pyro.sample("z_0", q_reverse(schedule, start, z_1, 1), infer=dict(legal))
+        q_0 = q_reverse(q, start, z_1, 1, event_dim=n)
+        return pyro.sample("z_0", q_0, infer=legal | prior.role(0))
 
     def timesteps(self, prior: DiffusionPrior) -> Iterator[tuple[str, Tensor]]:
         r"""Yields the timesteps inside of their plate and weight, with a suffix for their sites."""
-        self.weighting.check(prior, self.conditioning)
-        first, T = self.weighting.first, prior.num_timesteps
-        multiplier = self.weighting.multiplier(prior)
-        if first > T:
+        T = prior.num_timesteps
+        if T == 1:
             return
-        if self.proposal is None:
-            every = torch.arange(first, T + 1, device=prior.origin.device)
-            for t in every.split(self.chunk_size):
-                # The chunk is named without reading the device.
-                chunk = f"[{first}:{min(first + self.chunk_size, T + 1)}]"
-                first += self.chunk_size
-                plate = pyro.plate(f"{PLATE}{chunk}", len(t))
-                with plate, poutine.scale(scale=multiplier):
-                    yield chunk, t.reshape((-1,) + (1,) * (-1 - plate.dim))
+        if self.propose is not None:
+            probs = self.propose(prior)(prior, self.conditioning)
+            with pyro.plate(PLATE, self.k):
+                t = nuisance("t", Timesteps(probs, 2, self.low_discrepancy))
+                with poutine.scale(scale=1 / (self.k * probs[t - 2])):
+                    yield "", t
             return
-        probs = self.proposal(prior, self.conditioning, first)
-        with pyro.plate(PLATE, self.k):
-            t = nuisance("t", Timesteps(probs, first, self.low_discrepancy))
-            with poutine.scale(scale=multiplier / (self.k * probs[t - first])):
-                yield "", t
+        first = 2
+        for t in torch.arange(2, T + 1, device=prior.origin.device).split(self.chunk_size):
+            # The chunk is named without reading the device.
+            chunk = f"[{first}:{min(first + self.chunk_size, T + 1)}]"
+            first += self.chunk_size
+            with pyro.plate(f"{PLATE}{chunk}", len(t)) as plate:
+                yield chunk, t.reshape((-1,) + (1,) * (-1 - plate.dim))
 
-    def rescale(
-        self, prior: DiffusionPrior, loc: Tensor, scale: Tensor, t: Tensor
+    # Given z_0 and with a fixed variance, a KL is a square of means and a constant, whose sum over
+    # all timesteps is known.
+    def has_constant(self, prior: DiffusionPrior) -> bool:
+        r"""Returns whether the variances' part of the KLs is a constant of its own."""
+        return self.conditioning == "z_0" and prior.denoiser.variance.num_outputs == 1
+
+    def add_constant(self, prior: DiffusionPrior) -> None:
+        r"""Adds the sum over all timesteps of the constant part of the KLs."""
+        if self.has_constant(prior) and prior.num_timesteps > 1:
+            constant = prior.latent_dim * variance_kl(prior).sum().item()
+            unit = dist.Unit(prior.schedule.betas.new_full((), -constant))
+            pyro.sample("constant", unit, obs=unit.sample(), infer={"role": "constant"})
+
+    def q_reverse(
+        self, prior: DiffusionPrior, start: Tensor | dist.TorchDistribution, z_t: Tensor, t: Tensor
     ) -> dist.TorchDistribution:
-        r"""Returns a reverse kernel, at the common scale of the weighting if it has one."""
-        scales = self.weighting.common_scales(prior, self.conditioning)
-        return normal(loc, scale if scales is None else at_time(scales, t))
+        r"""Returns :math:`q(z_s | z_t, \cdot)`, at the scale of the prior's if that is fixed."""
+        n = prior.event_dim
+        loc, variance = q_reverse_moments(prior.schedule, start, z_t, t, event_dim=n)
+        if self.has_constant(prior):
+            return normal(loc, at_time(prior.denoiser.kernel.sigmas, t, n), n)
+        return normal(loc, variance.sqrt(), n)
 
 
 def nuisance(name: str, fn: dist.TorchDistribution) -> Tensor:
     r"""Samples a site whose value matters, but whose density is not part of the bound."""
     with poutine.mask(mask=False):
-        return pyro.sample(name, fn)
+        return pyro.sample(name, fn, infer={"role": "nuisance"})
 
 
 class Timestep_ELBO(TraceKL_ELBO):
-    r"""The ELBO of programs with a diffusion prior, from :math:`k` timesteps per datum.
+    r"""The ELBO of programs with diffusion priors, from :math:`k` timesteps per datum.
 
     Given :math:`z_0`, the bound is equation (11) with its sign corrected,
 
@@ -162,15 +172,15 @@ class Timestep_ELBO(TraceKL_ELBO):
     The sum over :math:`t \geq 2` is estimated from :math:`k` timesteps per datum. The step
     :math:`t = 1` is evaluated for every datum, and so are the constants of the KLs given
     :math:`z_0`. Programs without a diffusion prior are left as they are, with their KLs in closed
-    form where that is legal (:class:`TraceKL_ELBO`).
+    form where that is legal (:class:`TraceKL_ELBO`). Several diffusion priors in one program live
+    under names of their own, by :func:`pyro.contrib.autoname.scope`.
 
     Arguments:
         timesteps: The proposal :math:`r(t)`: ``"uniform"``, ``"importance"``, ``"loss-aware"`` or
-            a :class:`~pyro_vaediff.infer.Proposal`; or ``"all"`` for the exact sum.
+            a :class:`~pyro_vaediff.infer.Proposal`, of which every prior after the first gets a
+            copy; or ``"all"`` for the exact sum.
         k: The number of timesteps per datum.
         conditioning: What the KLs are conditioned on, ``"z_0"`` or ``"x"``.
-        weighting: ``"elbo"``, or ``"simple"`` or ``"paper"``, which are no bounds. See
-            :mod:`~pyro_vaediff.infer.weightings`.
         low_discrepancy: Whether the timesteps of a batch are spread evenly.
         antithetic: Whether Gaussian noise comes in mirrored pairs, see
             :class:`~pyro_vaediff.infer.Antithetic`: that of the timesteps of a datum, which then
@@ -202,53 +212,77 @@ class Timestep_ELBO(TraceKL_ELBO):
         timesteps: str | Proposal = "importance",
         k: int = 8,
         conditioning: str = "z_0",
-        weighting: str = "elbo",
         low_discrepancy: bool = True,
         antithetic: bool = True,
         entropy: str = "path",
         chunk_size: int = 64,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(antithetic=antithetic, entropy=entropy, **kwargs)
         if not isinstance(timesteps, Proposal):
             check_choice("timesteps", timesteps, ("all", *PROPOSALS))
         for name, value in (("k", k), ("chunk_size", chunk_size)):
             check_whole(name, value)
-        if conditioning not in CONDITIONINGS:
-            raise ValueError(f"conditioning must be 'z_0' or 'x', got {conditioning!r}")
-        check_choice("weighting", weighting, WEIGHTINGS)
-        if timesteps == "all":
-            self.proposal = None
-        else:
-            self.proposal = timesteps if isinstance(timesteps, Proposal) else PROPOSALS[timesteps]()
-        self.weighting = WEIGHTINGS[weighting]
-        self.collapse = Collapse(
-            self.proposal, k, conditioning, self.weighting, low_discrepancy, chunk_size
-        )
+        check_choice("conditioning", conditioning, CONDITIONINGS)
+        if isinstance(timesteps, str):
+            timesteps = PROPOSALS[timesteps]() if timesteps != "all" else None
+        #: The proposal of the first prior, or ``None`` for all timesteps.
+        self.proposal: Proposal | None = timesteps
+        self._pristine = copy.deepcopy(timesteps)
+        self._proposals: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._loaded: dict[int, dict[str, Tensor]] = {}  # states of proposals yet to be made
+        propose = None if timesteps is None else self.propose
+        self.collapse = CollapseChain(propose, k, conditioning, low_discrepancy, chunk_size)
 
     mirrored_plates = (PLATE, *TraceKL_ELBO.mirrored_plates)
 
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator:
-        self._seen = []
-        yield from super()._get_traces(self.collapse(model), self.collapse(guide), args, kwargs)
-        # The proposal learns once all particles are done: they share it, and their number of
-        # evaluations is one.
-        if self._seen:
-            self.proposal.update(*(torch.stack(column) for column in zip(*self._seen, strict=True)))
+        return super()._get_traces(self.collapse(model), self.collapse(guide), args, kwargs)
 
-    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        for name, term in super().site_terms(model_trace, guide_trace):
-            if name == "z_s" and self.proposal is not None and torch.is_grad_enabled():
-                kl = term.detach() / guide_trace.nodes[name]["scale"]
-                self._seen.append((guide_trace.nodes["t"]["value"], kl))
+    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+        particles = super().particles(model, guide, *args, **kwargs)
+        # The proposals learn once all particles are done: the number of evaluations is one.
+        if self.proposal is not None and torch.is_grad_enabled():
+            self.learn([term for terms in particles for term in terms if term.role == "steps"])
+        return particles
+
+    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[Term]:
+        for term in super().site_terms(model_trace, guide_trace):
             # The chunks of an exact sum are parts of one term.
-            yield "z_s" if name.startswith("z_s[") else name, term
+            chunk = term.site["infer"].get("chunk", "")
+            yield term._replace(name=term.name.removesuffix(chunk)) if chunk else term
+
+    def propose(self, prior: DiffusionPrior) -> Proposal:
+        r"""Returns the proposal of a prior."""
+        if prior not in self._proposals:
+            number = len(self._proposals)
+            proposal = copy.deepcopy(self._pristine) if number else self.proposal
+            if number in self._loaded:
+                proposal.load_state_dict(self._loaded.pop(number))
+            self._proposals[prior] = proposal
+        return self._proposals[prior]
+
+    def learn(self, steps: list[Term]) -> None:
+        r"""Has the proposals learn from the KLs of the steps, as they are without their weights."""
+        seen: dict[DiffusionPrior, list[tuple[Tensor, Tensor]]] = {}
+        for term in steps:
+            infer = term.site["infer"]
+            kl = term.value.detach() / term.site["scale"]
+            seen.setdefault(infer["prior"], []).append((infer["t"], kl))
+        for prior, pairs in seen.items():
+            self.propose(prior).update(*(torch.stack(xs) for xs in zip(*pairs, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        r"""Returns what the proposal has learned, for checkpoints."""
-        return {} if self.proposal is None else self.proposal.state_dict()
+        r"""Returns what the proposals have learned, for checkpoints."""
+        states = dict(enumerate(p.state_dict() for p in self._proposals.values())) | self._loaded
+        return {f"{i}.{name}": x for i, state in states.items() for name, x in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        r"""Loads what :meth:`state_dict` returned."""
-        if self.proposal is not None:
-            self.proposal.load_state_dict(state_dict)
+        r"""Loads what :meth:`state_dict` returned; priors are told apart by their order."""
+        self._loaded = {}
+        for full, x in state_dict.items():
+            number, _, name = full.partition(".")
+            self._loaded.setdefault(int(number), {})[name] = x
+        for number, proposal in enumerate(self._proposals.values()):
+            if number in self._loaded:
+                proposal.load_state_dict(self._loaded.pop(number))

@@ -3,8 +3,8 @@ r"""The ELBO of two traces, site by site, in closed form where that is legal."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -13,20 +13,79 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine import Trace, replay, trace
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, check_site_shape
+from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Normal, kl_divergence
 
-from ..arguments import check_whole
+from ..arguments import check_choice, check_whole
 from ..diffusion import base_normal, kl_normal
 from .antithetic import Antithetic
 
-__all__ = ["TraceKL_ELBO"]
+__all__ = ["Term", "TermsELBO", "TraceKL_ELBO"]
 
 ENTROPIES = ("exact", "path")
 
 
-class TraceKL_ELBO(Trace_ELBO):
+class Term(NamedTuple):
+    r"""A term of the negative ELBO.
+
+    Arguments:
+        name: Its name, such as ``"z_s"`` or ``"-H[z_0]"``.
+        value: Its values in nats, one per datum, scaled and masked as its site is.
+        role: What it is for: ``"observed"``, ``"entropy"``, ``"latent"`` of a site that says
+            nothing of itself, or what its guide site says in ``infer``: with a diffusion prior,
+            ``"last"`` (:math:`z_T`), ``"steps"``, ``"first"`` (:math:`z_0`) and ``"constant"``.
+        site: The guide site of a latent, or the site that is observed.
+    """
+
+    name: str
+    value: Tensor
+    role: str
+    site: dict[str, Any]
+
+
+class TermsELBO(Trace_ELBO):
+    r"""An estimator that is a sum of terms: all of Pyro's ways to ask for a loss lead to them."""
+
+    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+        r"""Returns the terms of the loss of each particle."""
+        raise NotImplementedError
+
+    def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> dict[str, Tensor]:
+        r"""Returns the terms whose sum is the loss, each summed over the data.
+
+        Arguments:
+            model: The model.
+            guide: The guide.
+            args: The arguments of the model and the guide.
+            kwargs: The keyword arguments of the model and the guide.
+        """
+        terms: dict[str, Tensor] = defaultdict(float)  # type: ignore[arg-type]
+        for particle in self.particles(model, guide, *args, **kwargs):
+            for term in particle:
+                terms[term.name] = terms[term.name] + term.value.sum() / self.num_particles
+        return dict(terms)
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
+        r"""Returns an estimate of the negative ELBO, as a tensor with a gradient."""
+        loss = sum(self.terms(model, guide, *args, **kwargs).values(), torch.zeros(()))
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        r"""Returns an estimate of the negative ELBO."""
+        with torch.no_grad():
+            return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        r"""Returns an estimate of the negative ELBO, and adds its gradient to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return torch_item(loss)
+
+
+class TraceKL_ELBO(TermsELBO):
     r"""The ELBO with analytic KL divergences at the sites where they are legal.
 
     The negative ELBO is a sum over the sites of the two programs. An observed site contributes
@@ -43,20 +102,20 @@ class TraceKL_ELBO(Trace_ELBO):
     guide, which only the author of the programs can promise; Pyro's ``TraceMeanField_ELBO`` assumes
     it of every site. See :func:`~pyro_vaediff.infer.check_mean_field`.
 
-    With ``entropy="path"``, the entropy is sampled, :math:`-\log q(z | \cdot)`, and its gradient
-    goes through :math:`z` only, not through the parameters of :math:`q`. What is left out, the
-    score, has no mean; and what is left cancels the noise in the gradient of :math:`\log p` if
-    :math:`q` is near the true posterior.
+    With ``entropy="path"``, the entropy of a Gaussian is sampled, :math:`-\log q(z | \cdot)`, and
+    its gradient goes through :math:`z` only, not through the parameters of :math:`q`. What is left
+    out, the score, has no mean; and what is left cancels the noise in the gradient of :math:`\log
+    p` if :math:`q` is near the true posterior. Other distributions, such as flows, have their
+    sampled or exact entropy: to score a copy of :math:`z` again would cost an autoregressive flow
+    :math:`D` passes.
 
     Arguments:
         num_particles: The number of samples of the guide per evaluation.
-        max_plate_nesting: The number of nested plates, which only vectorization needs. It is found
-            out by running the programs once, if not given.
-        vectorize_particles: Whether the samples are drawn in one run of the programs, in a plate.
         antithetic: Whether the Gaussian noise of vectorized particles comes in mirrored pairs. See
             :class:`~pyro_vaediff.infer.Antithetic`.
         entropy: ``"exact"``, in closed form where there is one, or ``"path"``. A closed-form KL
             has no entropy to be sampled.
+        kwargs: Keyword arguments of :class:`pyro.infer.Trace_ELBO`.
 
     References:
         | Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference
@@ -70,19 +129,14 @@ class TraceKL_ELBO(Trace_ELBO):
     def __init__(
         self,
         num_particles: int = 1,
-        max_plate_nesting: float = float("inf"),
-        vectorize_particles: bool = False,
+        *,
         antithetic: bool = True,
         entropy: str = "exact",
+        **kwargs: Any,
     ):
         check_whole("num_particles", num_particles)
-        super().__init__(
-            num_particles=num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
-        if entropy not in ENTROPIES:
-            raise ValueError(f"entropy must be 'exact' or 'path', got {entropy!r}")
+        super().__init__(num_particles=num_particles, **kwargs)
+        check_choice("entropy", entropy, ENTROPIES)
         self.antithetic = antithetic
         self.entropy = entropy
 
@@ -110,102 +164,96 @@ class TraceKL_ELBO(Trace_ELBO):
                     check_site_shape(site, self.max_plate_nesting)
         return model_trace, guide_trace
 
-    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        r"""Yields the terms of the negative ELBO with their names, one value per datum."""
+    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+        r"""Returns the terms of the loss of each particle, whose sum is that of its datum."""
+        return [
+            list(self.site_terms(*traces))
+            for traces in self._get_traces(model, guide, args, kwargs)
+        ]
+
+    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[Term]:
+        r"""Yields the terms of the negative ELBO, site by site."""
         for name, site in model_trace.nodes.items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
-                yield name, -log_prob(site)
+                role = site["infer"].get("role", "observed")
+                yield Term(name, -log_prob(site), role, site)
                 continue
-            guide_site = guide_trace.nodes[name]
-            if guide_site["mask"] is False:
+            q = guide_site(name, guide_trace)
+            role = q["infer"].get("role", "latent")
+            if q["mask"] is False or role == "nuisance":
                 continue
-            check_reparameterized(guide_site)
-            if guide_site["infer"].get("closed_form_kl", False):
-                try:
-                    kl = closed_form_kl(guide_site["fn"], site["fn"])
-                    yield name, scale_and_mask(kl, guide_site["scale"], guide_site["mask"])
-                    continue
-                except NotImplementedError:  # such as a flow; the sampled form is legal as well
-                    pass
-            yield f"-H[{name}]", negative_entropy(guide_site, self.entropy)
-            if site["mask"] is not False:
-                yield name, -log_prob(site)
+            check_reparameterized(q)
+            legal = q["infer"].get("closed_form_kl", False)
+            kl = closed_form_kl(q["fn"], site["fn"]) if legal else None
+            if kl is not None:
+                yield Term(name, scale_and_mask(kl, q["scale"], q["mask"]), role, q)
+            else:
+                yield Term(f"-H[{name}]", negative_entropy(q, self.entropy), "entropy", q)
+                if site["mask"] is not False:
+                    yield Term(name, -log_prob(site), role, q)
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace.nodes:  # an auxiliary site
                 check_reparameterized(site)
-                yield f"-H[{name}]", negative_entropy(site, self.entropy)
-
-    def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> dict[str, Tensor]:
-        r"""Returns the terms whose sum is the loss, each summed over the data.
-
-        Arguments:
-            model: The model.
-            guide: The guide.
-            args: The arguments of the model and the guide.
-            kwargs: The keyword arguments of the model and the guide.
-        """
-        terms: dict[str, Tensor] = defaultdict(float)
-        for traces in self._get_traces(model, guide, args, kwargs):
-            for name, term in self.site_terms(*traces):
-                terms[name] = terms[name] + term.sum() / self.num_particles
-        return dict(terms)
-
-    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple:
-        loss = sum(term.sum() for _, term in self.site_terms(model_trace, guide_trace))
-        return torch_item(loss), loss
-
-    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
-        r"""Returns an estimate of the negative ELBO."""
-        with torch.no_grad():
-            return torch_item(sum(self.terms(model, guide, *args, **kwargs).values()))
+                yield Term(f"-H[{name}]", negative_entropy(site, self.entropy), "entropy", site)
 
 
-def closed_form_kl(q: TorchDistribution, p: TorchDistribution) -> Tensor:
+def guide_site(name: str, guide_trace: Trace) -> dict[str, Any]:
+    r"""Returns the site of the guide that a latent site of the model has its value from."""
+    if name not in guide_trace.nodes:
+        raise ValueError(
+            f"the guide has no site {name!r}, which the model samples: with a diffusion prior, the "
+            "guide must call prior.guide(q_z0); for an AutoGuide use pyro.infer.Trace_ELBO"
+        )
+    return guide_trace.nodes[name]
+
+
+def closed_form_kl(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:
+    r"""Returns :math:`\mathrm{KL}(q \,\|\, p)`, or ``None`` where no closed form is known."""
     normals = base_normal(q), base_normal(p)
-    if None in normals:
+    if normals[0] is not None and normals[1] is not None:
+        return sum_rightmost(kl_normal(*normals), len(q.event_shape))
+    try:
         return kl_divergence(q, p)
-    return sum_rightmost(kl_normal(*normals), len(q.event_shape))
+    except NotImplementedError:  # such as of a flow; the sampled form is legal as well
+        return None
 
 
-def unscaled_log_prob(site: dict) -> Tensor:
+def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
     return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
-def log_prob(site: dict) -> Tensor:
+def log_prob(site: dict[str, Any]) -> Tensor:
     return scale_and_mask(unscaled_log_prob(site), site["scale"], site["mask"])
 
 
-def negative_entropy(site: dict, entropy: str) -> Tensor:
+def negative_entropy(site: dict[str, Any], entropy: str) -> Tensor:
     r"""Returns :math:`-H[q] = E_q[\log q]`, in closed form if there is one, or an estimate."""
-    if entropy == "path":
-        return scale_and_mask(path_log_prob(site), site["scale"], site["mask"])
-    try:
-        value = -site["fn"].entropy()
-    except NotImplementedError:
-        value = unscaled_log_prob(site)
+    fn, normal = site["fn"], base_normal(site["fn"])
+    if entropy == "path" and normal is not None:
+        # A constant distribution at a value with a gradient is the path derivative.
+        constant = Normal(normal.loc.detach(), normal.scale.detach(), validate_args=False)
+        value = sum_rightmost(constant.log_prob(site["value"]), len(fn.event_shape))
+    else:
+        try:
+            value = -fn.entropy()
+        except NotImplementedError:
+            value = unscaled_log_prob(site)
     return scale_and_mask(value, site["scale"], site["mask"])
 
 
-def path_log_prob(site: dict) -> Tensor:
-    r"""Returns :math:`\log q(z)`, with a gradient that goes through :math:`z` only."""
-    if not torch.is_grad_enabled():
-        return unscaled_log_prob(site)
-    z = site["value"].detach().requires_grad_()
-    log_q = unscaled_log_prob(site | {"value": z})
-    slope = None
-    if log_q.requires_grad:
-        (slope,) = torch.autograd.grad(log_q.sum(), z, retain_graph=True, allow_unused=True)
-    if slope is None:  # of a Delta or a Uniform, whose density has no path
-        return unscaled_log_prob(site)
-    linear = slope * (site["value"] - z.detach())
-    return log_q.detach() + sum_rightmost(linear, len(site["fn"].event_shape))
-
-
-def check_reparameterized(site: dict) -> None:
+def check_reparameterized(site: dict[str, Any]) -> None:
     if not getattr(site["fn"], "has_rsample", False):
         raise ValueError(
             f"site {site['name']!r} is not reparameterized ({type(site['fn']).__name__}): its "
             f"gradient needs a score function, use Pyro's Trace_ELBO or TraceGraph_ELBO"
         )
+
+
+def per_datum(terms: Iterable[Term]) -> dict[str, Tensor]:
+    r"""Returns terms by name; the chunks of an exact sum become one."""
+    chunks: dict[str, list[Tensor]] = defaultdict(list)
+    for term in terms:
+        chunks[term.name].append(term.value)
+    return {name: torch.cat(xs) if len(xs) > 1 else xs[0] for name, xs in chunks.items()}

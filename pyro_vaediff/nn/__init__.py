@@ -1,27 +1,29 @@
 r"""Networks. Encoders and decoders return distributions."""
 
-from .conv import ConvDecoder, ConvEncoder
-from .denoiser import (
-    DENOISERS,
-    MLPDenoiser,
-    PreconditionedDenoiser,
-    ResidualDenoiser,
-    make_denoiser,
+from .backbones import (
+    BACKBONES,
+    MLPBackbone,
+    ResidualMLP,
+    TimeAdapter,
+    from_eps,
+    make_backbone,
     sinusoidal_embedding,
 )
+from .conv import ConvDecoder, ConvEncoder
 from .mlp import mlp
 from .paper import paper_decoder, paper_encoder
 from .scale import bounded_scale, upcast
 
 __all__ = [
-    "DENOISERS",
+    "BACKBONES",
     "ConvDecoder",
     "ConvEncoder",
-    "MLPDenoiser",
-    "PreconditionedDenoiser",
-    "ResidualDenoiser",
+    "MLPBackbone",
+    "ResidualMLP",
+    "TimeAdapter",
     "bounded_scale",
-    "make_denoiser",
+    "from_eps",
+    "make_backbone",
     "mlp",
     "paper_decoder",
     "paper_encoder",

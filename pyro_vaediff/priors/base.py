@@ -3,6 +3,7 @@ r"""The contract of a prior: a pair of Pyro programs which agree on their latent
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_whole
+from ..nn.scale import upcast
 
 __all__ = ["Prior"]
 
@@ -19,45 +21,104 @@ class Prior(nn.Module, ABC):
 
     :meth:`model` samples :math:`z_0`, possibly through other latent sites. :meth:`guide` samples
     the same sites from the posterior, given the encoder's distribution :math:`q(z_0 | x)`. A prior
-    opens no plate for its data: it is called inside the plate of the program that uses it.
+    opens no plate for its data: it is called inside the plate of the program that uses it. Several
+    priors in one program live under names of their own, by
+    :func:`pyro.contrib.autoname.scope`.
 
     Arguments:
-        latent_dim: The number of latent dimensions :math:`D`.
+        event_shape: The shape of a latent, such as :math:`(C, H, W)`; a number :math:`D` means
+            :math:`(D,)`.
+
+    Raises:
+        ValueError: If it is not a shape.
     """
 
     origin: Tensor
 
-    def __init__(self, latent_dim: int):
+    def __init__(self, event_shape: int | Sequence[int]):
         super().__init__()
-        check_whole("latent_dim", latent_dim)
-        self.latent_dim = latent_dim
-        self.register_buffer("origin", torch.zeros(latent_dim), persistent=False)
+        shape = tuple(event_shape) if isinstance(event_shape, Sequence) else (event_shape,)
+        if not shape:
+            raise ValueError("event_shape must have at least one dimension, got ()")
+        for size in shape:
+            check_whole("latent_dim" if len(shape) == 1 else "each number in event_shape", size)
+        #: The shape of a latent.
+        self.event_shape = torch.Size(int(size) for size in shape)
+        self.register_buffer("origin", torch.zeros(self.event_shape), persistent=False)
+
+    @property
+    def event_dim(self) -> int:
+        r"""The number of dimensions of :attr:`event_shape`."""
+        return len(self.event_shape)
+
+    @property
+    def latent_dim(self) -> int:
+        r"""The number of latent variables :math:`D`, in all dimensions."""
+        return self.event_shape.numel()
 
     @abstractmethod
-    def model(self) -> Tensor:
-        r"""Samples :math:`z_0 \sim p(z_0)`, of shape :math:`(D,)`, or :math:`(*, D)` in plates."""
+    def model(self, c: Tensor | None = None) -> Tensor:
+        r"""Samples :math:`z_0 \sim p(z_0 | c)`, with the event shape, or a batch of it in plates.
 
-    def guide(self, q_z0: dist.TorchDistribution) -> Tensor:
+        Arguments:
+            c: The context, with shape :math:`(B, F)`, if the prior has one.
+        """
+
+    def guide(self, q_z0: dist.TorchDistribution, c: Tensor | None = None) -> Tensor:
         r"""Samples :math:`z_0 \sim q(z_0 | x)`.
 
         Arguments:
-            q_z0: The encoder's distribution :math:`q(z_0 | x)`, with event shape :math:`(D,)`.
+            q_z0: The encoder's distribution :math:`q(z_0 | x)`, with the event shape of a latent.
+            c: The context, with shape :math:`(B, F)`, if the prior has one.
 
         Returns:
-            The latents :math:`z_0`, with shape :math:`(*, D)`.
+            The latents :math:`z_0`.
         """
         self.check_posterior(q_z0)
         # The model's z_0 has no parents, hence KL(q(z_0|x) || p(z_0)) is legal in closed form.
         return pyro.sample("z_0", q_z0, infer={"closed_form_kl": True})
 
+    def distribution(self, c: Tensor | None = None) -> dist.TorchDistribution:
+        r"""Returns :math:`p(z_0 | c)`, if its density is known."""
+        raise NotImplementedError(
+            f"the density of a {type(self).__name__} is not known: use the ELBO, or the "
+            "ProbabilityFlow of a diffusion prior"
+        )
+
+    def log_prob(self, z_0: Tensor, c: Tensor | None = None) -> Tensor:
+        r"""Returns :math:`\log p(z_0 | c)` in nats, if it is known exactly.
+
+        Arguments:
+            z_0: The latents, with shape :math:`(*, \dots)`.
+            c: The context, with shape :math:`(B, F)`, if the prior has one.
+
+        Returns:
+            The log-densities, with shape :math:`(*)`.
+        """
+        return self.distribution(c).log_prob(z_0)
+
+    def initialize(self, x: Tensor) -> None:
+        r"""Starts from training data where a prior has a use for them; most have none.
+
+        Arguments:
+            x: Data as the encoder sees them, with shape :math:`(B, \dots)`.
+        """
+
     def check_posterior(self, q_z0: dist.TorchDistribution) -> None:
         r"""Raises a ``ValueError`` unless ``q_z0`` is a distribution over :math:`z_0`."""
-        if tuple(q_z0.event_shape) != (self.latent_dim,):
+        if not isinstance(q_z0, dist.torch_distribution.TorchDistributionMixin):
             raise ValueError(
-                f"q(z_0 | x) must have event shape ({self.latent_dim},), as the prior has "
-                f"latent_dim={self.latent_dim}, got {tuple(q_z0.event_shape)}"
+                "the encoder must return a distribution of pyro.distributions over z_0, such as "
+                f"Normal(loc, scale).to_event({self.event_dim}), got a {type(q_z0).__name__}"
+            )
+        if tuple(q_z0.event_shape) != tuple(self.event_shape):
+            shape = ", ".join(map(str, self.event_shape)) + ("," if self.event_dim == 1 else "")
+            raise ValueError(
+                f"q(z_0 | x) must have event shape ({shape}), as the prior has, got "
+                f"{tuple(q_z0.event_shape)}"
             )
 
     def standard_normal(self) -> dist.Independent:
-        r"""Returns :math:`\mathcal{N}(0, I)`."""
-        return dist.Normal(self.origin, torch.ones_like(self.origin)).to_event(1)
+        r"""Returns :math:`\mathcal{N}(0, I)` over latents."""
+        origin = upcast(self.origin)
+        return dist.Normal(origin, torch.ones_like(origin)).to_event(self.event_dim)

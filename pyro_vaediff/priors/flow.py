@@ -53,7 +53,7 @@ class FlowPrior(Prior):
             for i in range(num_steps)
         )
 
-    def distribution(self) -> dist.TransformedDistribution:
+    def distribution(self, c: Tensor | None = None) -> dist.TransformedDistribution:
         r"""Returns :math:`p(z_0)`, whose log-density is exact."""
         for step in self.steps:
             step.forget()
@@ -62,7 +62,7 @@ class FlowPrior(Prior):
             self.standard_normal(), [step.inv for step in self.steps]
         )
 
-    def model(self) -> Tensor:
+    def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)
         return pyro.sample("z_0", self.distribution())
 

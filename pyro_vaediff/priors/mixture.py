@@ -50,12 +50,12 @@ class MixturePrior(Prior):
         raw = math.log(math.expm1(scale)) - math.log(math.expm1(1))
         self.raw_scale = nn.Parameter(torch.full((num_components, latent_dim), raw))
 
-    def distribution(self) -> dist.MixtureSameFamily:
+    def distribution(self, c: Tensor | None = None) -> dist.MixtureSameFamily:
         r"""Returns :math:`p(z_0)`, whose log-density is exact."""
         components = dist.Normal(self.loc, bounded_scale(self.raw_scale, self.floor)).to_event(1)
         return GaussianMixture(dist.Categorical(logits=self.logits), components)
 
-    def model(self) -> Tensor:
+    def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)
         return pyro.sample("z_0", self.distribution())
 
@@ -136,7 +136,7 @@ class VampPrior(Prior):
         x = x[: len(self.pseudo_inputs)]
         self.pseudo_inputs[: len(x)] = x
 
-    def distribution(self) -> dist.MixtureSameFamily:
+    def distribution(self, c: Tensor | None = None) -> dist.MixtureSameFamily:
         r"""Returns :math:`p(z_0)`, whose log-density is exact."""
         # The gradient of a clamped pseudo-input is zero, and it could never come back: hence the
         # clamped value with the gradient of the unclamped one.
@@ -147,6 +147,6 @@ class VampPrior(Prior):
         weights = dist.Categorical(logits=self.origin.new_zeros(len(u)))
         return dist.MixtureSameFamily(weights, components)
 
-    def model(self) -> Tensor:
+    def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)
         return pyro.sample("z_0", self.distribution())

@@ -10,8 +10,8 @@ from pyro import poutine
 from torch import Tensor
 
 from ..arguments import check_whole
-from ..diffusion import at_time
 from ..priors import DiffusionPrior, Prior
+from ..schedules import at_time
 from ..vae import VAE
 
 __all__ = ["ddim", "interpolate", "reconstruct", "sample", "trajectory"]

@@ -7,12 +7,15 @@ then has a gradient of its own.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from ..arguments import check_seed, check_whole
+from ..nn.backbones import TimeAdapter, Vectors
 from ..priors import DiffusionPrior
 from ..schedules import Schedule
 from ..vae import VAE
@@ -35,88 +38,82 @@ class LinearGaussian(nn.Module):
     and ``bias`` for :math:`b` and ``log_scale`` for :math:`r`, with shape :math:`(1, O)`.
 
     Arguments:
-        in_features: The number of inputs :math:`I`.
-        out_features: The number of outputs :math:`O`.
+        in_shape: The shape of an input, with :math:`I` numbers in all.
+        out_shape: The shape of a draw, with :math:`O` numbers in all.
         log_scale: The mean of the random :math:`r`, the logarithms of the standard deviations.
 
-    Raises:
-        ValueError: If there is no input or no output.
-
     Example:
-        >>> network = LinearGaussian(in_features=3, out_features=2, log_scale=0.0)
+        >>> network = LinearGaussian((3,), (2,), log_scale=0.0)
         >>> network(torch.zeros(5, 3, dtype=torch.float64)).mean.shape
         torch.Size([5, 2])
     """
 
-    def __init__(self, in_features: int, out_features: int, log_scale: float):
+    def __init__(self, in_shape: Sequence[int], out_shape: Sequence[int], log_scale: float):
         super().__init__()
-        check_sizes(in_features=in_features, out_features=out_features)
-        self.weight = random(out_features, in_features, scale=0.5)
-        self.bias = random(out_features, scale=0.3)
-        self.log_scale = random(out_features, scale=0.2, shift=log_scale)
+        self.in_dim, self.out_shape = len(in_shape), tuple(out_shape)
+        inputs, outputs = (torch.Size(shape).numel() for shape in (in_shape, out_shape))
+        self.weight = random(outputs, inputs, scale=0.5)
+        self.bias = random(outputs, scale=0.3)
+        self.log_scale = random(outputs, scale=0.2, shift=log_scale)
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
-        r"""Evaluates the network.
+        r"""Returns the distribution, with batch shape :math:`(*, B)`.
 
         Arguments:
-            x: The inputs, with shape :math:`(*, B, I)`. If there are copies, :math:`B` is their
+            x: The inputs, with batch shape :math:`(*, B)`. If there are copies, :math:`B` is their
                 number.
-
-        Returns:
-            The distribution, with batch shape :math:`(*, B)` and event shape :math:`(O,)`.
         """
-        scale = self.log_scale.exp()
-        return dist.Normal(affine(self.weight, self.bias, x), scale).to_event(1)
+        loc = affine(self.weight, self.bias, x.flatten(-self.in_dim)).unflatten(-1, self.out_shape)
+        scale = self.log_scale.exp().unflatten(-1, self.out_shape)
+        return dist.Normal(loc, scale).to_event(len(self.out_shape))
 
 
-class LinearDenoiser(nn.Module):
+class LinearDenoiser(Vectors):
     r"""A network :math:`M_t z + n_t`, followed by numbers :math:`u_t` if variances are learned.
 
     Its parameters are random, in float64: ``weight`` for :math:`M_t`, with shape :math:`(1, T + 1,
     D, D)`, and ``bias`` for :math:`n_t` and ``u`` for :math:`u_t`, with shape :math:`(1, T + 1,
-    D)`. The entries at :math:`t = 0` are not used.
+    D)`. The entries at :math:`t = 0` are not used. It is told the time by a
+    :class:`~pyro_vaediff.nn.TimeAdapter`.
 
     Arguments:
-        latent_dim: The number of latent dimensions :math:`D`.
+        event_shape: The shape of a latent, with :math:`D` numbers in all.
         num_timesteps: The number of steps :math:`T`.
         learned_variance: Whether there are numbers :math:`u_t`, as a prior with
             ``reverse_variance="learned"`` needs them.
-
-    Raises:
-        ValueError: If there is no latent dimension or no timestep.
     """
 
-    def __init__(self, latent_dim: int, num_timesteps: int, learned_variance: bool):
-        super().__init__()
-        check_sizes(latent_dim=latent_dim, num_timesteps=num_timesteps)
-        self.weight = random(num_timesteps + 1, latent_dim, latent_dim, scale=0.3)
-        self.bias = random(num_timesteps + 1, latent_dim, scale=0.3)
+    def __init__(self, event_shape: Sequence[int], num_timesteps: int, learned_variance: bool):
+        super().__init__(event_shape, 2 if learned_variance else 1)
+        D = self.features
+        self.weight = random(num_timesteps + 1, D, D, scale=0.3)
+        self.bias = random(num_timesteps + 1, D, scale=0.3)
         if learned_variance:
-            self.u = random(num_timesteps + 1, latent_dim)
+            self.u = random(num_timesteps + 1, D)
 
-    def forward(self, z: Tensor, t: int | Tensor) -> Tensor:
-        r"""Evaluates the network.
+    def forward(self, z: Tensor, t: Tensor) -> Tensor | tuple[Tensor, ...]:
+        r"""Returns the outputs.
 
         Arguments:
-            z: The latents :math:`z_t`, with shape :math:`(*, B, D)`. If there are copies, :math:`B`
-                is their number.
-            t: The timestep(s), an integer or an integer tensor with shape :math:`(*, B)`.
-
-        Returns:
-            The outputs, with shape :math:`(*, B, D)`, or :math:`(*, B, 2D)` with :math:`u_t`.
+            z: The latents :math:`z_t`, with batch shape :math:`(*, B)`. If there are copies,
+                :math:`B` is their number.
+            t: The timestep(s), integers with shape :math:`(*, B)`.
         """
         at = (torch.arange(len(self.weight), device=z.device), t)
-        net = affine(self.weight[at], self.bias[at], z)
-        return torch.cat([net, self.u[at].expand_as(net)], -1) if hasattr(self, "u") else net
+        z = self.flatten(z)
+        net = affine(self.weight[at], self.bias[at], z).expand_as(z)
+        if self.num_outputs > 1:
+            net = torch.cat([net, self.u[at].expand_as(net)], -1)
+        return self.split(net)
 
 
 def linear_gaussian_vae(
     num_timesteps: int = 3,
-    latent_dim: int = 2,
+    event_shape: int | Sequence[int] = 2,
     num_features: int = 3,
     reverse_variance: str = "beta",
     seed: int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> VAE:
     r"""Returns a VAE whose networks are affine, with random parameters and in float64.
 
@@ -129,7 +126,7 @@ def linear_gaussian_vae(
 
     Arguments:
         num_timesteps: The number of steps :math:`T`.
-        latent_dim: The number of latent dimensions :math:`D`.
+        event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
         num_features: The number of dimensions :math:`X` of a datum. Data have shape :math:`(B, X)`.
         reverse_variance: The reverse variance of the prior, ``"beta"``, ``"beta_tilde"`` or
             ``"learned"``.
@@ -150,24 +147,26 @@ def linear_gaussian_vae(
         >>> vae.prior.num_timesteps
         5
     """
-    check_sizes(num_timesteps=num_timesteps, latent_dim=latent_dim, num_features=num_features)
+    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    check_whole("num_timesteps", num_timesteps)
     if seed is not None:
         check_seed(seed)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             # `torch.manual_seed` would seed the generators of all CUDA devices as well.
             torch.default_generator.manual_seed(int(seed))
-        learned = reverse_variance == "learned"
+        schedule = Schedule(torch.linspace(0.3, 0.6, num_timesteps, dtype=torch.float64))
+        net = LinearDenoiser(shape, num_timesteps, reverse_variance == "learned")
         prior = DiffusionPrior(
-            latent_dim,
+            shape,
             num_timesteps,
-            schedule=Schedule(torch.linspace(0.3, 0.6, num_timesteps, dtype=torch.float64)),
-            denoiser=LinearDenoiser(latent_dim, num_timesteps, learned),
+            schedule,
+            TimeAdapter(net, schedule, "index"),
             reverse_variance=reverse_variance,
             **kwargs,
         )
-        encoder = LinearGaussian(num_features, latent_dim, log_scale=-0.5)
-        decoder = LinearGaussian(latent_dim, num_features, log_scale=0.0)
+        encoder = LinearGaussian((num_features,), shape, log_scale=-0.5)
+        decoder = LinearGaussian(shape, (num_features,), log_scale=0.0)
     return VAE(encoder, decoder, prior).double()
 
 
@@ -189,7 +188,7 @@ def one_copy_per_datum(vae: VAE, num_data: int) -> VAE:
         >>> vae.encoder.weight.shape
         torch.Size([100, 2, 3])
     """
-    check_sizes(num_data=num_data)
+    check_whole("num_data", num_data)
     for name, parameter in vae.named_parameters():
         if parameter.ndim == 0 or len(parameter) != 1:
             raise ValueError(
@@ -200,8 +199,3 @@ def one_copy_per_datum(vae: VAE, num_data: int) -> VAE:
     for parameter in vae.parameters():
         parameter.data = parameter.data.repeat(num_data, *(1 for _ in parameter.shape[1:]))
     return vae
-
-
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        check_whole(name, size)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_choice
-from ..priors import DiffusionPrior
+from ..denoise import BetaTilde, Learned
 from ..vae import VAE
 from .affine import (
     Affine,
@@ -49,12 +49,11 @@ class Oracle:
         x: The data, with shape :math:`(B, X)`, and with the dtype and the device of the VAE.
 
     Raises:
-        ValueError: If the VAE is not linear and Gaussian with one copy of its parameters, or the
-            data are not such as it takes. Methods raise it for a timestep outside of 1 to
-            :math:`T`.
+        ValueError: If the VAE is not linear and Gaussian with one copy of its parameters. Methods
+            raise it for a timestep outside of 1 to :math:`T`.
 
     Example:
-        >>> from pyro_vaediff.bench import Oracle, linear_gaussian_vae
+        >>> from pyro_vaediff.testing import Oracle, linear_gaussian_vae
         >>> vae = linear_gaussian_vae(num_timesteps=3, seed=0)
         >>> oracle = Oracle(vae, torch.zeros(2, 3, dtype=torch.float64))
         >>> {name: tuple(term.shape) for name, term in oracle.terms("x").items()}
@@ -73,9 +72,9 @@ class Oracle:
 
     def __init__(self, vae: VAE, x: Tensor):
         check_vae(vae)
-        check_data(vae, x)
         self.x, self.prior, self.decoder = x, vae.prior, vae.decoder
         self.D, self.T = vae.prior.latent_dim, vae.prior.num_timesteps
+        self.net, self.variance = vae.prior.denoiser.backbone.net, vae.prior.denoiser.variance
         self.beta = beta = vae.prior.schedule.betas
         self.alpha_bar = torch.cumprod(1 - beta, 0)
 
@@ -108,7 +107,7 @@ class Oracle:
             t: The timestep, from 1 to :math:`T`.
         """
         self._check_timestep(t)
-        use_tilde = self.prior.reverse_variance == "beta_tilde" and t > 1
+        use_tilde = isinstance(self.variance, BetaTilde) and t > 1
         return self.beta_tilde(t) if use_tilde else self.beta[t]
 
     def sigma(self, t: int) -> Tensor:
@@ -121,9 +120,9 @@ class Oracle:
             The standard deviations, with shape :math:`(D,)`.
         """
         sigma = self.fixed_variance(t).sqrt().expand(self.D)
-        if self.prior.reverse_variance == "learned":
+        if isinstance(self.variance, Learned):
             ratio = self.beta_tilde(max(t, 2)) / self.beta[max(t, 2)] if self.T > 1 else 0.5
-            sigma = sigma * ratio ** -torch.tanh(self.prior.denoiser.u[0, t] / 2)
+            sigma = sigma * ratio ** -torch.tanh(self.net.u[0, t] / 2)
         return sigma
 
     def gain(self, t: int) -> Tensor:
@@ -141,7 +140,7 @@ class Oracle:
             "eps": of_z0 * -((1 - alpha_bar) / alpha_bar).sqrt(),
             "v": of_z0 * -(1 - alpha_bar).sqrt(),
             "mu": torch.ones_like(of_z0),
-        }[self.prior.parameterization]
+        }[self.prior.denoiser.parameterization]
 
     def linear_reverse(self, t: int) -> tuple[Tensor, Tensor]:
         r"""Returns the matrix and the vector of the reverse mean, :math:`\mu_\phi(z, t) = R z + r`.
@@ -152,7 +151,7 @@ class Oracle:
         Returns:
             The matrix :math:`R`, with shape :math:`(D, D)`, and :math:`r`, with shape :math:`(D,)`.
         """
-        net, gain = self.prior.denoiser, self.gain(t)
+        net, gain = self.net, self.gain(t)
         skip = (1 - self.fixed_variance(t)).sqrt() * torch.eye(self.D).to(gain)
         return skip + gain * net.weight[0, t], gain * net.bias[0, t]
 
@@ -239,7 +238,7 @@ class Oracle:
 
     def weighted(self, weighting: str) -> Tensor:
         r"""Returns the expectation of a loss that is no bound: see
-        :mod:`pyro_vaediff.infer.weightings`.
+        :mod:`pyro_vaediff.infer.reweighted`.
 
         Arguments:
             weighting: The weighting, ``"simple"`` for the loss of Ho et al. or ``"paper"`` for the
@@ -252,7 +251,7 @@ class Oracle:
             ValueError: If the weighting is unknown, or the variance is learned.
         """
         check_choice("weighting", weighting, ("simple", "paper"))
-        if self.prior.reverse_variance == "learned":
+        if isinstance(self.variance, Learned):
             raise ValueError(
                 f"weighting={weighting!r} is defined for a fixed reverse variance: make the VAE "
                 f"with reverse_variance='beta' or 'beta_tilde'"
@@ -326,52 +325,15 @@ class Oracle:
 
 def check_vae(vae: VAE) -> None:
     r"""Raises a ``ValueError`` unless the parameters of a VAE say all about it."""
-
-    def check_type(name: str, value: object, expected: type) -> None:
-        # A subclass may compute something else from the same parameters.
-        if type(value) is not expected:
-            raise ValueError(
-                f"{name} must be of class {expected.__name__}, got {type(value).__name__}: "
-                f"linear_gaussian_vae makes a VAE whose ELBO is known"
-            )
-
-    check_type("vae", vae, VAE)
-    check_type("vae.prior", vae.prior, DiffusionPrior)
-    check_type("vae.encoder", vae.encoder, LinearGaussian)
-    check_type("vae.decoder", vae.decoder, LinearGaussian)
-    check_type("vae.prior.denoiser", vae.prior.denoiser, LinearDenoiser)
-
-    D, T, X = vae.prior.latent_dim, vae.prior.num_timesteps, vae.encoder.weight.shape[-1]
-    for name, network, shape in (
-        ("encoder", vae.encoder, (1, D, X)),
-        ("decoder", vae.decoder, (1, X, D)),
-        ("prior.denoiser", vae.prior.denoiser, (1, T + 1, D, D)),
-    ):
-        if network.weight.shape != shape:
-            raise ValueError(
-                f"vae.{name}.weight must have shape {shape}, got {tuple(network.weight.shape)}: "
-                f"linear_gaussian_vae makes a VAE that fits together, with one copy of everything"
-            )
-    learned = vae.prior.reverse_variance == "learned"
-    if hasattr(vae.prior.denoiser, "u") != learned:
+    backbone = getattr(vae.prior.denoiser, "backbone", None)
+    networks = (vae.encoder, vae.decoder, getattr(backbone, "net", None))
+    # A subclass may compute something else from the same parameters.
+    if [type(net) for net in networks] != [LinearGaussian, LinearGaussian, LinearDenoiser]:
         raise ValueError(
-            f"vae.prior.denoiser must be made with learned_variance={learned} if the prior has "
-            f"reverse_variance={vae.prior.reverse_variance!r}"
+            "vae must be linear and Gaussian, such as linear_gaussian_vae makes it, got networks "
+            f"of the classes {', '.join(type(net).__name__ for net in networks)}"
         )
-
-
-def check_data(vae: VAE, x: Tensor) -> None:
-    r"""Raises a ``ValueError`` unless the data are such as the VAE takes."""
-    X = vae.encoder.weight.shape[-1]
-    if not isinstance(x, Tensor) or x.ndim != 2 or len(x) == 0 or x.shape[1] != X:
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    if vae.encoder.weight.shape[0] != 1:
         raise ValueError(
-            f"x must be a tensor of shape (B, {X}) with B >= 1, as the encoder of the VAE has {X} "
-            f"inputs, got {got}: reshape it, or make the VAE with another num_features"
+            f"vae must have one copy of its parameters, got {vae.encoder.weight.shape[0]}"
         )
-    for name, tensor in (*vae.named_parameters(), *vae.named_buffers()):
-        if (x.dtype, x.device) != (tensor.dtype, tensor.device):
-            raise ValueError(
-                f"x must have the dtype and the device of vae.{name}, {tensor.dtype} on "
-                f"{tensor.device}, got {x.dtype} on {x.device}: convert the data or the VAE"
-            )

@@ -1,0 +1,386 @@
+r"""Denoisers: the reverse kernel :math:`p_\phi(z_s | z_t)` between any two times.
+
+A denoiser is a backbone × a schedule × a parameterization × a variance × a preconditioning. The
+mean of the forward posterior is linear, :math:`\tilde\mu = a z_t + b z_0`, and the network's output
+determines an estimate of :math:`z_0`. So does it determine the reverse mean
+
+.. math:: \mu_\phi(z_t) = a z_t + b \hat z_0(z_t) = \sqrt{1 - \sigma^2} \, z_t + g \,
+    \mathrm{net}(z_t, \lambda_t),
+
+whose first part leaves :math:`\mathcal{N}(0, I)` unchanged. With a network that starts at zero, the
+prior starts exactly at :math:`p(z_0) = \mathcal{N}(0, I)`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .arguments import check_choice
+from .diffusion import normal
+from .schedules import Schedule, Tables, Times, at_time, is_index
+
+__all__ = [
+    "PARAMETERIZATIONS",
+    "REVERSE_VARIANCES",
+    "Beta",
+    "BetaTilde",
+    "Denoiser",
+    "Learned",
+    "Preconditioning",
+    "ReverseVariance",
+]
+
+PARAMETERIZATIONS = ("eps", "z0", "mu", "v")
+
+
+class ReverseVariance:
+    r"""The variance :math:`\sigma^2` of a reverse kernel."""
+
+    num_outputs = 1  #: The number of outputs of the backbone, its prediction included.
+
+    def __call__(self, beta: Tensor, beta_tilde: Tensor) -> Tensor:
+        r"""Returns the variances of steps, from those of the forward process and its posterior.
+
+        Arguments:
+            beta: :math:`\beta_{t|s}`, of any shape and in float64.
+            beta_tilde: :math:`\tilde\beta_{t|s}`, of the same shape, zero for :math:`s = 0`.
+        """
+        return beta
+
+
+class Beta(ReverseVariance):
+    r"""The variance :math:`\beta_{t|s}`, which is right for :math:`z_0 \sim \mathcal{N}(0, I)`."""
+
+
+class BetaTilde(ReverseVariance):
+    r"""The variance :math:`\tilde\beta_{t|s}` of the posterior, as in the paper, which is right for
+    a known :math:`z_0`. It is :math:`\beta_{t|s}` for :math:`s = 0`, where the former is no
+    density.
+    """
+
+    def __call__(self, beta: Tensor, beta_tilde: Tensor) -> Tensor:
+        return torch.where(beta_tilde > 0, beta_tilde, beta)
+
+
+class Learned(ReverseVariance):
+    r"""A variance per dimension, from a second output :math:`u` of the backbone.
+
+    .. math:: \log \sigma^2 = \log \beta_{t|s} + 2 \tanh(u / 2) \log
+        \frac{\beta_{t|s}}{\tilde\beta_{t|s}}
+
+    It starts at :math:`\beta_{t|s}` and stays within twice the width of the interval between
+    :math:`\log \tilde\beta` and :math:`\log \beta` around it: it can neither overflow nor vanish.
+    """
+
+    num_outputs = 2
+
+    @staticmethod
+    def log_range(beta: Tensor, beta_tilde: Tensor) -> Tensor:
+        r"""Returns the largest change of :math:`\log \sigma`, for the steps of a chain."""
+        ratio = beta_tilde / beta
+        # The posterior variance is zero for s = 0, where its ratio continues that of the next step.
+        after = ratio.roll(-1) if ratio.numel() > 1 else torch.full_like(ratio, 0.5)
+        ratio = torch.where(ratio > 0, ratio, after)
+        # The interval is no wider than e^5, so that gradients cannot overflow in float32. That of
+        # the usual schedules is not even as wide as e^2.
+        return -ratio.log().clamp(min=-5.0)
+
+
+REVERSE_VARIANCES: dict[str, type[ReverseVariance]] = {
+    "beta": Beta,
+    "beta_tilde": BetaTilde,
+    "learned": Learned,
+}
+
+
+class Preconditioning(nn.Module):
+    r"""The knowledge of the mean and the scale of the clean latents.
+
+    If they were :math:`z_0 \sim \mathcal{N}(m, \mathrm{diag}(s^2))`, then :math:`z_t` would have
+    the variance :math:`v_t = \bar\alpha_t s^2 + 1 - \bar\alpha_t`, and its noise would be
+
+    .. math:: E[\epsilon | z_t] = \sqrt{1 - \bar\alpha_t} \, v_t^{-1}
+        (z_t - \sqrt{\bar\alpha_t} \, m) .
+
+    The backbone :math:`F` sees standardized latents and is left with the departure from this,
+
+    .. math:: E[\epsilon | z_t] + \sqrt{\bar\alpha_t} \, s \, v_t^{-1/2} \, F(v_t^{-1/2} (z_t -
+        \sqrt{\bar\alpha_t} \, m), \lambda_t) .
+
+    The moments :math:`m, s` are learned, and start at 0 and 1: an encoder that is trained with the
+    prior moves them.
+
+    Arguments:
+        event_shape: The shape of a latent.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
+        | https://arxiv.org/abs/2206.00364
+    """
+
+    # The scale has to follow the encoder, at the learning rate of the networks.
+    gain = 10.0
+
+    def __init__(self, event_shape: Sequence[int]):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(*event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(*event_shape))  # divided by the gain
+
+    @property
+    def scale(self) -> Tensor:
+        r"""The scale :math:`s` of the clean latents, with the shape of one."""
+        return torch.exp(self.gain * self.log_scale)
+
+    def forward(
+        self, net: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, log_snr: Tensor
+    ) -> tuple[Tensor, ...]:
+        r"""Returns the outputs of a backbone, the first of them preconditioned.
+
+        Arguments:
+            net: The backbone as a function of the latents.
+            z: The latents :math:`z_t`.
+            log_snr: The log-SNR, which broadcasts with them.
+        """
+        alpha_bar, one_minus = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
+        root, scale = alpha_bar.sqrt(), self.scale
+        mean, variance = root * self.mean, alpha_bar * scale.square() + one_minus
+        std = variance.sqrt()
+        # 1 / v_t - 1 without cancellation, where v_t is close to one
+        anchor = alpha_bar * (1 - scale.square()) * z - mean
+        out, *others = net((z - mean) / std)
+        return (one_minus.sqrt() * anchor / variance + root * scale / std * out, *others)
+
+
+class Denoiser(nn.Module):
+    r"""The reverse kernel :math:`p_\phi(z_s | z_t)` of a diffusion, for any :math:`s < t`.
+
+    Arguments:
+        backbone: The network, see :mod:`~pyro_vaediff.nn.backbones` for how it is called. It is
+            called once at construction, to check what it returns.
+        schedule: The schedule, whose grid integer times are on.
+        event_shape: The shape of a latent.
+        parameterization: What the network predicts (up to the part of it that is linear in
+            :math:`z_t`): the noise ``"eps"``, the clean latents ``"z0"``, the mean ``"mu"``, or the
+            velocity ``"v"``.
+        reverse_variance: The variance :math:`\sigma^2`: ``"beta"``, ``"beta_tilde"``,
+            ``"learned"``, or a :class:`ReverseVariance`.
+        preconditioning: Whether the network is left with the departure of the latents from a
+            Gaussian with learned moments, see :class:`Preconditioning`. It predicts ``"eps"`` then,
+            and :meth:`denoise` is :math:`E[z_0 | z_t]` of that Gaussian while the network returns
+            zero, whatever the variance.
+        context_features: The number of features :math:`F` of the context.
+
+    Raises:
+        ValueError: If an option is unknown, or the backbone does not return what it must.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        schedule: Schedule,
+        event_shape: Sequence[int],
+        parameterization: str = "eps",
+        reverse_variance: str | ReverseVariance = "beta",
+        preconditioning: bool = False,
+        context_features: int = 0,
+    ):
+        super().__init__()
+        check_choice("parameterization", parameterization, PARAMETERIZATIONS)
+        if not isinstance(reverse_variance, ReverseVariance):
+            check_choice("reverse_variance", reverse_variance, REVERSE_VARIANCES)
+            reverse_variance = REVERSE_VARIANCES[reverse_variance]()
+        if preconditioning and parameterization != "eps":
+            raise ValueError(
+                f"a preconditioned denoiser predicts 'eps': parameterization must be 'eps', got "
+                f"{parameterization!r}"
+            )
+        self.event_shape, self.event_dim = torch.Size(event_shape), len(event_shape)
+        self.backbone, self.schedule = backbone, schedule
+        self.parameterization, self.variance = parameterization, reverse_variance
+        self.preconditioning = Preconditioning(event_shape) if preconditioning else None
+        self._home = schedule.original("times")  # the grid that the network is trained on
+        self.kernel = Tables(self.tables(self._home))
+        self.check_backbone(context_features)
+
+    def forward(
+        self, z: Tensor, t: Times, s: Times | None = None, c: Tensor | None = None
+    ) -> dist.Independent:
+        r"""Returns :math:`p_\phi(z_s | z_t)`, equation (14) for :math:`s = t - 1`.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
+            t: The time(s), index(es) of the grid or times in :math:`[0, 1]`, with shape
+                :math:`(*)`.
+            s: The earlier time(s), if ``t`` is no index; the step before an index by default.
+            c: The context, with shape :math:`(B, F)`.
+        """
+        net, *others = self.network(z, t, c)
+        kernel = self.coefficients(t, s)
+        scale = kernel("sigmas")
+        if others:
+            scale = scale * torch.exp(kernel("log_ranges") * torch.tanh(others[0] / 2))
+        return normal(kernel("skips") * z + kernel("gains") * net, scale, self.event_dim)
+
+    def denoise(self, z: Tensor, t: Times, c: Tensor | None = None) -> Tensor:
+        r"""Returns the estimate of :math:`E[z_0 | z_t]` that the reverse mean implies.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
+            t: The time(s), positive.
+            c: The context, with shape :math:`(B, F)`.
+
+        Raises:
+            ValueError: If the chain erases :math:`z_0`, so that nothing is to be estimated.
+        """
+        self.check_signal()
+        kernel = self.coefficients(t, None)
+        return kernel("z0_skips") * z + kernel("z0_gains") * self.network(z, t, c)[0]
+
+    def network(self, z: Tensor, t: Times, c: Tensor | None = None) -> tuple[Tensor, ...]:
+        r"""Returns the outputs of the network, in full precision also under autocast."""
+        if z.shape[-self.event_dim :] != self.event_shape:
+            raise ValueError(f"z must end in shape {tuple(self.event_shape)}, got {tuple(z.shape)}")
+        schedule = self.schedule
+        log_snr = at_time(schedule.log_snr, t, 0) if is_index(t) else schedule.log_snr_at(t)
+        log_snr = log_snr.to(z)
+        with torch.autocast(z.device.type, enabled=False):
+            if self.preconditioning is None:
+                return self.evaluate(z, log_snr, c)
+            expanded = log_snr[(...,) + (None,) * self.event_dim]
+            return self.preconditioning(lambda z: self.evaluate(z, log_snr, c), z, expanded)
+
+    def evaluate(self, z: Tensor, log_snr: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
+        r"""Returns the outputs of the backbone, which is called as it wants to be."""
+        batch = z.shape[: z.ndim - self.event_dim]
+        dtype = next((p.dtype for p in self.backbone.parameters()), z.dtype)
+        inputs = [z, log_snr] if c is None else [z, log_snr, c]
+        if not getattr(self.backbone, "any_batch", False):
+            inputs[0] = z.reshape(-1, *self.event_shape)
+            inputs[1] = log_snr.expand(batch).reshape(-1)
+            if c is not None:
+                inputs[2] = c.expand(*batch, c.shape[-1]).reshape(-1, c.shape[-1])
+        outputs = self.backbone(*(x.to(dtype) for x in inputs))
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        return tuple(out.to(z.dtype).reshape(z.shape) for out in outputs)
+
+    def coefficients(self, t: Times, s: Times | None) -> Callable[[str], Tensor]:
+        r"""Returns a function from the names of tables to their entries, ready for latents."""
+        if is_index(t) and s is None:
+            if isinstance(t, int) and t < 1:
+                raise ValueError(f"t must be from 1 to T = {self.schedule.num_timesteps}, got {t}")
+            return lambda name: at_time(getattr(self.kernel, name), t, self.event_dim)
+        like = self.kernel.skips
+        ends = (t, self.before(t) if s is None else s)
+        grid = self.schedule.original("times").to(like.device)
+        times = [grid[u] if is_index(u) else torch.as_tensor(u) for u in ends]
+        values = self.compute(*(u.to(like.device).double() for u in times))
+        return lambda name: values[name][(...,) + (None,) * self.event_dim].to(like)
+
+    def tables(self, times: Tensor) -> dict[str, Tensor]:
+        r"""Returns the tables of a grid, in float64 and zero at :math:`t = 0`."""
+        steps = self.compute(times[1:], times[:-1])
+        return {name: torch.cat([x.new_zeros(1), x]) for name, x in steps.items()}
+
+    def compute(self, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+        r"""Returns the coefficients of the reverse kernel between times, in float64."""
+        home = self.before(t)
+        at_home = self.step(t, home)
+        if bool((s == home).all()):
+            return at_home
+        # On another grid the network means the same estimate of z_0 as on its own.
+        step = self.step(t, s)
+        step["skips"] = step["a"] + step["b"] * at_home["z0_skips"]
+        step["gains"] = step["b"] * at_home["z0_gains"]
+        return step | {name: at_home[name] for name in ("z0_skips", "z0_gains")}
+
+    def before(self, t: Times) -> Tensor:
+        r"""Returns the times that come a step of the home grid before the given ones."""
+        t = torch.as_tensor(t).double()
+        grid = self._home.to(t.device)
+        upper = torch.searchsorted(grid, (t - 1e-9).contiguous()).clamp(1, len(grid) - 1)
+        on_grid = (t - grid[upper]).abs() < 1e-9
+        before = torch.where(on_grid, grid[upper - 1], t - (grid[upper] - grid[upper - 1]))
+        return before.clamp(min=0)
+
+    def step(self, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+        r"""Returns the coefficients of a reverse kernel that the network was trained for."""
+
+        # At time zero, the latents are clean, whatever the schedule says of its limit.
+        log_snr_t, log_snr_s = (torch.where(u > 0, self.schedule(u), torch.inf) for u in (t, s))
+        beta = -torch.expm1(F.logsigmoid(log_snr_t) - F.logsigmoid(log_snr_s))
+        one_minus, one_minus_s = torch.sigmoid(-log_snr_t), torch.sigmoid(-log_snr_s)
+        previous = torch.sigmoid(log_snr_s)
+        alpha, beta_tilde = 1 - beta, beta * one_minus_s / one_minus
+        a, b = alpha.sqrt() * one_minus_s / one_minus, previous.sqrt() * beta / one_minus
+        gains = {
+            "mu": torch.ones_like(b),
+            "z0": b,
+            # z_0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar), where abar cancels that in b
+            "eps": -beta / (alpha * one_minus).sqrt(),
+            "v": -b * one_minus.sqrt(),  # z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
+        }[self.parameterization]
+        variance = self.variance(beta, beta_tilde)
+        # The linear part of a Gaussian with other moments is that of the preconditioning.
+        skips = (alpha if self.preconditioning is not None else 1 - variance).sqrt()
+        return {
+            "a": a,
+            "b": b,
+            "sigmas": variance.sqrt(),
+            "log_ranges": Learned.log_range(beta, beta_tilde),
+            "skips": skips,
+            "gains": gains,
+            "z0_skips": (skips - a) / b,
+            "z0_gains": gains / b,
+        }
+
+    def with_steps(self, steps: int | Tensor) -> Denoiser:
+        r"""Returns a denoiser with the same network, for the steps of another chain.
+
+        Arguments:
+            steps: The number of steps, or the times of a grid, see
+                :meth:`~pyro_vaediff.schedules.Schedule.with_steps`.
+        """
+        new = copy.copy(self)
+        new._modules = dict(self._modules)
+        new.schedule = self.schedule.with_steps(steps)
+        new.kernel = Tables(new.tables(new.schedule.original("times"))).to(self.kernel.skips)
+        return new
+
+    def check_signal(self) -> None:
+        r"""Raises a ``ValueError`` if nothing is left of :math:`z_0` in :math:`z_T`."""
+        log_signal = self.schedule.original("log_alphas_cumprod")[-1].item()
+        if log_signal < -60:
+            raise ValueError(
+                f"the schedule erases z_0: log alphas_cumprod is {log_signal:.0f} at T, but must "
+                "be at least -60 to estimate z_0 from z_t; choose smaller betas"
+            )
+
+    @torch.no_grad()
+    def check_backbone(self, context_features: int) -> None:
+        r"""Raises a ``ValueError`` unless the backbone returns what it must."""
+        like = next(self.backbone.parameters(), torch.zeros(()))
+        inputs = [like.new_zeros(2, *self.event_shape), like.new_zeros(2)]
+        if context_features:
+            inputs.append(like.new_zeros(2, context_features))
+        modes = {module: module.training for module in self.backbone.modules()}
+        self.backbone.eval()  # the statistics of a BatchNorm stay as they are
+        outputs = self.backbone(*inputs)
+        for module, training in modes.items():
+            module.training = training
+        expected = self.variance.num_outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        shapes = [tuple(out.shape) if isinstance(out, Tensor) else type(out) for out in outputs]
+        if shapes != [tuple(inputs[0].shape)] * expected:
+            what = "a tensor" if expected == 1 else f"{expected} tensors"
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} must return {what} of the shape of "
+                f"z, {tuple(inputs[0].shape)}, as the reverse variance is a "
+                f"{type(self.variance).__name__}, got {shapes}: see pyro_vaediff.nn.backbones"
+            )

@@ -1,0 +1,328 @@
+r"""Backbones: the networks inside of a :class:`~pyro_vaediff.denoise.Denoiser`.
+
+A backbone is told the latents, the log-SNR and the context, and nothing of the schedule:
+
+    ``backbone(z, log_snr)``, or ``backbone(z, log_snr, c)`` if there is a context,
+
+where ``z`` has shape :math:`(N, \dots)`, ``log_snr`` is a floating-point tensor of shape
+:math:`(N,)`, and ``c`` has shape :math:`(N, F)`. It returns a tensor with the shape of ``z``, or a
+pair of such tensors if the denoiser learns its variance as well. With the attribute ``any_batch =
+True``, it is rather called with any batch shape, ``z`` of shape :math:`(*, \dots)`, and with a
+log-SNR and a context that broadcast to it, which spares copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..arguments import check_choice, check_whole
+from ..schedules import Schedule
+from .mlp import mlp
+
+__all__ = [
+    "BACKBONES",
+    "MLPBackbone",
+    "ResidualMLP",
+    "TimeAdapter",
+    "from_eps",
+    "make_backbone",
+    "sinusoidal_embedding",
+]
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
+    r"""Returns sines and cosines of times, at geometrically spaced frequencies.
+
+    Arguments:
+        t: The times, with shape :math:`(*)`.
+        dim: The number of features :math:`E`, even.
+        max_period: The period of the slowest wave, in units of ``t``.
+
+    Returns:
+        The embeddings, with shape :math:`(*, E)`.
+
+    References:
+        | Attention Is All You Need (Vaswani et al., 2017)
+        | https://arxiv.org/abs/1706.03762
+    """
+    check_even(dim)
+    steps = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)
+    angles = t.unsqueeze(-1) * torch.exp(-math.log(max_period) * steps)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def check_even(dim: int) -> None:
+    if dim < 2 or dim % 2:
+        raise ValueError(f"the embedding dimension must be even and positive, got {dim}")
+
+
+class Vectors(nn.Module):
+    r"""A backbone that sees latents of any shape as vectors.
+
+    Arguments:
+        event_shape: The shape of a latent, or its number of dimensions.
+        num_outputs: The number of outputs per latent dimension.
+    """
+
+    any_batch = True
+
+    def __init__(self, event_shape: int | Sequence[int], num_outputs: int = 1):
+        super().__init__()
+        shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        for size in shape:
+            check_whole("each number in event_shape", size)
+        self.event_shape, self.num_outputs = torch.Size(shape), num_outputs
+        self.features = self.event_shape.numel()
+
+    def flatten(self, z: Tensor) -> Tensor:
+        return z if len(self.event_shape) == 1 else z.flatten(-len(self.event_shape))
+
+    def split(self, h: Tensor) -> Outputs:
+        outputs = [
+            out if len(self.event_shape) == 1 else out.unflatten(-1, self.event_shape)
+            for out in h.split(self.features, -1)
+        ]
+        return outputs[0] if self.num_outputs == 1 else tuple(outputs)
+
+
+class MLPBackbone(Vectors):
+    r"""An MLP of the latents and of an embedding of a time, of the size in the paper's code.
+
+    Its last layer starts at zero, and so does its output: see
+    :class:`~pyro_vaediff.priors.DiffusionPrior` for why. The time is any number that grows from 0
+    to 1, such as :class:`TimeAdapter` makes of the log-SNR.
+
+    Arguments:
+        event_shape: The shape of a latent, or its number of dimensions.
+        num_outputs: The number of outputs per latent dimension.
+        hidden_features: The width of each hidden layer.
+        embedding_dim: The number of features of the time embedding.
+        context_features: The number of features :math:`F` of the context.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        num_outputs: int = 1,
+        hidden_features: Sequence[int] = (300, 300, 300),
+        embedding_dim: int = 100,
+        context_features: int = 0,
+    ):
+        super().__init__(event_shape, num_outputs)
+        check_even(embedding_dim)
+        self.embedding_dim = embedding_dim
+        inputs = self.features + embedding_dim + context_features
+        self.net = zero_last(mlp(inputs, num_outputs * self.features, hidden_features))
+
+    def forward(self, z: Tensor, t: Tensor, c: Tensor | None = None) -> Outputs:
+        r"""Returns the outputs.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
+            t: The times in :math:`[0, 1]`, broadcastable to shape :math:`(*)`.
+            c: The context, broadcastable to shape :math:`(*, F)`.
+        """
+        z = self.flatten(z)
+        told = [sinusoidal_embedding(1000 * t, self.embedding_dim), *([] if c is None else [c])]
+        inputs = [z, *(x.expand(*z.shape[:-1], -1) for x in told)]
+        return self.split(self.net(torch.cat(inputs, dim=-1)))
+
+
+class ResidualMLP(Vectors):
+    r"""A residual MLP that is told the noise level by Fourier features of the log-SNR.
+
+    The log-SNR says how much of :math:`z_0` is left in :math:`z_t`, whatever the schedule and
+    :math:`T`. Mapped to :math:`u \in [0, 1]`, it enters each block as :math:`\sin(k \pi u / 2),
+    \cos(k \pi u / 2)`. Like that of :class:`MLPBackbone`, the output starts at zero.
+
+    Arguments:
+        event_shape: The shape of a latent, or its number of dimensions.
+        log_snr_range: The log-SNR that is mapped to 0, and the one that is mapped to 1.
+        num_outputs: The number of outputs per latent dimension.
+        width: The number of hidden features.
+        num_blocks: The number of residual blocks, with two linear layers each.
+        embedding_dim: The number of features of the log-SNR, even.
+        context_features: The number of features :math:`F` of the context, which enters each block.
+
+    References:
+        | Variational Diffusion Models (Kingma et al., 2021)
+        | https://arxiv.org/abs/2107.00630
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        log_snr_range: tuple[float, float] = (-10.0, 10.0),
+        num_outputs: int = 1,
+        width: int = 256,
+        num_blocks: int = 2,
+        embedding_dim: int = 32,
+        context_features: int = 0,
+    ):
+        super().__init__(event_shape, num_outputs)
+        check_whole("width", width)
+        check_whole("num_blocks", num_blocks, least=0)
+        check_even(embedding_dim)
+        self.low, self.span = log_snr_range[0], max(log_snr_range[1] - log_snr_range[0], 1e-12)
+        self.embedding_dim = embedding_dim
+        self.inputs = nn.Linear(self.features, width)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, embedding_dim, context_features) for _ in range(num_blocks)
+        )
+        self.outputs = nn.Linear(width, num_outputs * self.features)
+        zero_last(self.outputs)
+
+    def forward(self, z: Tensor, log_snr: Tensor, c: Tensor | None = None) -> Outputs:
+        r"""Returns the outputs.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
+            log_snr: The log-SNR, broadcastable to shape :math:`(*)`.
+            c: The context, broadcastable to shape :math:`(*, F)`.
+        """
+        u = (log_snr - self.low) / self.span
+        k = torch.arange(1, self.embedding_dim // 2 + 1, dtype=u.dtype, device=u.device)
+        angles = u.unsqueeze(-1) * k * (math.pi / 2)
+        told, h = torch.cat([angles.sin(), angles.cos()], dim=-1), self.inputs(self.flatten(z))
+        for block in self.blocks:
+            h = block(h, told, c)
+        return self.split(self.outputs(F.silu(h)))
+
+
+class ResidualBlock(nn.Module):
+    r"""Adds an MLP of the normalized features, the embedding of the noise level and the context."""
+
+    def __init__(self, width: int, embedding_dim: int, context_features: int = 0):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.first = nn.Linear(width, width)
+        self.time = nn.Linear(embedding_dim, width, bias=False)
+        if context_features:
+            self.context = nn.Linear(context_features, width, bias=False)
+        self.second = zero_last(nn.Linear(width, width))
+
+    def forward(self, h: Tensor, embedding: Tensor, c: Tensor | None = None) -> Tensor:
+        told = self.time(embedding)
+        if c is not None:
+            told = told + self.context(c)
+        return h + self.second(F.silu(self.first(self.norm(h)) + told))
+
+
+class TimeAdapter(nn.Module):
+    r"""A backbone from a network that is told the time rather than the log-SNR.
+
+    Arguments:
+        net: The network, called as ``net(z, t)`` or ``net(z, t, c)``.
+        schedule: The schedule whose grid the time is on.
+        unit: What the time is in: ``"steps"`` for real numbers from 1 to :math:`T`, ``"index"`` for
+            whole ones as integers, such as ``nn.Embedding`` takes, or ``"interval"`` for
+            :math:`t / T`.
+
+    Example:
+        >>> from pyro_vaediff.schedules import LinearSchedule
+        >>> schedule = LinearSchedule(1000)
+        >>> adapter = TimeAdapter(lambda z, t: t, schedule)
+        >>> adapter(torch.zeros(2, 5), schedule.log_snr[[1, 400]])
+        tensor([  1., 400.])
+    """
+
+    units = ("steps", "index", "interval")
+
+    def __init__(self, net: Callable[..., Outputs], schedule: Schedule, unit: str = "steps"):
+        super().__init__()
+        check_choice("unit", unit, self.units)
+        self.net, self.schedule, self.unit = net, schedule, unit
+        self.any_batch = getattr(net, "any_batch", False)
+
+    def forward(self, z: Tensor, log_snr: Tensor, *context: Tensor) -> Outputs:
+        r"""Returns the outputs of the network."""
+        t = self.schedule.position(log_snr)
+        if self.unit == "index":
+            t = t.round().long()
+        elif self.unit == "interval":
+            t = t / self.schedule.num_timesteps
+        return self.net(z, t, *context)
+
+
+class EpsAdapter(nn.Module):
+    r"""A backbone from a network that predicts the whole noise, see :func:`from_eps`."""
+
+    def __init__(self, net: Callable[..., Tensor]):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z: Tensor, log_snr: Tensor, *context: Tensor) -> Tensor:
+        r"""Returns the predicted noise, less its part that is linear in the latents."""
+        noise = torch.sigmoid(-log_snr).sqrt().reshape(-1, *(1 for _ in z.shape[1:]))
+        return self.net(z, log_snr, *context) - noise * z
+
+
+def from_eps(net: Callable[..., Tensor]) -> nn.Module:
+    r"""Returns a backbone from a network that predicts the whole noise, as in other libraries.
+
+    Here, a backbone predicts what is left after the part that is linear in :math:`z_t`,
+
+    .. math:: \hat\epsilon(z_t) = \sqrt{1 - \bar\alpha_t} \, z_t + \mathrm{backbone}(z_t,
+        \lambda_t),
+
+    so that a network that returns zero means :math:`p(z_0) = \mathcal{N}(0, I)`. Elsewhere
+    :math:`\hat\epsilon` is the output itself. The result is a backbone for the reverse variance
+    ``"beta"``.
+
+    Arguments:
+        net: The network, called like a backbone. It returns :math:`\hat\epsilon`, with shape
+            :math:`(N, \dots)`. If it is told the time, put a :class:`TimeAdapter` around it first.
+
+    Example:
+        >>> net = from_eps(lambda z, log_snr: torch.sigmoid(-log_snr).sqrt().unsqueeze(-1) * z)
+        >>> net(torch.ones(1, 2), torch.zeros(1))  # exact for N(0, I), whose backbone is zero
+        tensor([[0., 0.]])
+    """
+    return EpsAdapter(net)
+
+
+def zero_last(net: nn.Module) -> nn.Module:
+    r"""Sets the last layer of a network to zero, and returns the network."""
+    last = net[-1] if isinstance(net, nn.Sequential) else net
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return net
+
+
+BACKBONES: dict[str, type[nn.Module]] = {"mlp": MLPBackbone, "residual": ResidualMLP}
+
+
+def make_backbone(
+    name: str,
+    event_shape: int | Sequence[int],
+    schedule: Schedule,
+    num_outputs: int = 1,
+    width: int | None = None,
+    context_features: int = 0,
+) -> nn.Module:
+    r"""Returns the backbone of that name.
+
+    Arguments:
+        name: ``"mlp"`` or ``"residual"``.
+        event_shape: The shape of a latent, or its number of dimensions.
+        schedule: The schedule whose times or log-SNRs it will see.
+        num_outputs: The number of outputs per latent dimension.
+        width: The width of the hidden layers, or ``None`` for that of their own.
+        context_features: The number of features of the context.
+    """
+    check_choice("denoiser", name, BACKBONES)
+    options = {"num_outputs": num_outputs, "context_features": context_features}
+    if name == "mlp":
+        widths = (300, 300, 300) if width is None else (width,) * 3
+        return TimeAdapter(
+            MLPBackbone(event_shape, hidden_features=widths, **options), schedule, "interval"
+        )
+    ends = schedule.original("log_snr")[[-1, 1]].tolist()
+    return ResidualMLP(event_shape, (ends[0], ends[1]), width=width or 256, **options)
