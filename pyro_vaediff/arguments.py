@@ -6,11 +6,11 @@ import argparse
 import math
 import operator
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_choice", "check_seed", "check_whole", "exit_on_error", "folder"]
+__all__ = ["as_shape", "check_choice", "check_seed", "check_whole", "exit_on_error", "folder"]
 
 
 def check_whole(argument: str, value: object, least: int = 1, why: str = "") -> None:
@@ -24,6 +24,21 @@ def check_whole(argument: str, value: object, least: int = 1, why: str = "") -> 
     """
     if not is_whole(value, least):
         raise ValueError(f"{argument} must be a whole number >= {least}{why}, got {value!r}")
+
+
+def as_shape(argument: str, shape: int | Sequence[int]) -> tuple[int, ...]:
+    r"""Returns a shape as a tuple; a number :math:`D` means :math:`(D,)`.
+
+    Arguments:
+        argument: The name of the argument, for the message.
+        shape: The shape, of positive numbers.
+    """
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if not sizes:
+        raise ValueError(f"{argument} must have at least one dimension, got ()")
+    for size in sizes:
+        check_whole(argument if len(sizes) == 1 else f"each number in {argument}", size)
+    return tuple(int(size) for size in sizes)
 
 
 def is_whole(value: object, least: int, below: float = math.inf) -> bool:

@@ -12,9 +12,9 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from scipy import stats
 
 from pyro_vaediff import DiffusionPrior, Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.testing import linear_gaussian_vae
 from pyro_vaediff.infer import Antithetic, Timesteps
 from pyro_vaediff.infer.timestep_elbo import PLATE
+from pyro_vaediff.testing import linear_gaussian_vae
 
 # --- The handler ----------------------------------------------------------------------------------
 
@@ -238,5 +238,5 @@ def test_the_path_derivative_of_any_reparameterized_site(device):
 
 
 def test_bad_options():
-    with one_line_value_error("entropy must be 'exact' or 'path', got 'score'"):
+    with one_line_value_error("unknown entropy 'score': choose one of exact, path"):
         TraceKL_ELBO(entropy="score")

@@ -2,15 +2,14 @@ r"""Denoisers: what they start at, what they are told of the time, and their sha
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from torch import nn
 
+from pyro_vaediff.denoise import REVERSE_VARIANCES, Denoiser
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.likelihoods.distributions import Normal
-from pyro_vaediff.nn import DENOISERS, PreconditionedDenoiser, ResidualMLP, make_denoiser
-from pyro_vaediff.nn.backbones import log_snr_embedding
+from pyro_vaediff.nn import BACKBONES, make_backbone
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
@@ -18,52 +17,65 @@ from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
 T = 20
 
 
-@pytest.fixture(params=DENOISERS)
+@pytest.fixture(params=[*BACKBONES, "preconditioned"])
 def denoiser(request, device):
-    net = make_denoiser(request.param, 3, LinearSchedule(T), num_outputs=2, width=16)
-    return net.to(device, torch.float64)
+    schedule, special = LinearSchedule(T), request.param == "preconditioned"
+    name = "residual" if special else request.param
+    net = make_backbone(name, 3, schedule, num_outputs=2, width=16)
+    denoiser = Denoiser(net, schedule, (3,), "eps", "learned", special)
+    return denoiser.to(device, torch.float64)
 
 
 def test_shapes_and_the_start_at_zero(denoiser, device):
     z = torch.randn(4, 5, 3, dtype=torch.float64, device=device)
     t = torch.randint(1, T + 1, (4, 5), device=device)
     for time in (t, t[:1], t[:, :1], 7):
-        outputs = denoiser(z, time)
-        assert outputs.shape == (4, 5, 6)
-        assert not outputs.any()
+        for output in denoiser.network(z, time):
+            assert output.shape == (4, 5, 3)
+            assert not output.any()
 
 
 def test_the_output_depends_on_latent_and_time(denoiser, device):
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     z = torch.randn(2, 3, dtype=torch.float64, device=device, requires_grad=True)
-    one, other = denoiser(z, 3), denoiser(z, 4)
+    one, other = denoiser.network(z, 3)[0], denoiser.network(z, 4)[0]
     assert (one - other).abs().min() > 1e-6
     (slope,) = torch.autograd.grad(one[0].sum(), z)
     assert slope[0].all() and not slope[1].any()  # data stay apart
-    mixed = denoiser(z, torch.tensor([3, 4], device=device))
+    mixed = denoiser.network(z, torch.tensor([3, 4], device=device))[0]
     torch.testing.assert_close(mixed, torch.stack([one[0], other[1]]), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", [LinearSchedule(T), CosineSchedule(T)])
-def test_the_embedding_is_of_the_log_snr(schedule):
-    embedding = log_snr_embedding(schedule, 4)
-    alpha_bar = schedule.original("alphas_cumprod")[1:]
+def test_the_backbone_is_told_the_log_snr(schedule):
+    told = []
+
+    class Spy(nn.Module):
+        def forward(self, z, log_snr):
+            told.append((z.shape, log_snr))
+            return torch.zeros_like(z)
+
+    denoiser = Denoiser(Spy(), schedule, (2, 1, 1)).double()
+    z, t = torch.randn(4, 3, 2, 1, 1).double(), torch.randint(1, T + 1, (4, 1))
+    denoiser(z, t)
+    denoiser(z, 5)
+    alpha_bar = schedule.original("alphas_cumprod")
     log_snr = (alpha_bar / (1 - alpha_bar)).log()
-    u = (log_snr - log_snr.min()) / (log_snr.max() - log_snr.min())
-    expected = torch.stack([f(k * math.pi / 2 * u) for f in (torch.sin, torch.cos) for k in (1, 2)])
-    torch.testing.assert_close(embedding[1:], expected.T, atol=1e-10, rtol=0)
-    assert torch.equal(embedding[0], embedding[1])  # at t = 0 the SNR is infinite
+    (_, (shape, many), (_, one)) = told  # the first was the check at construction
+    assert shape == (12, 2, 1, 1)
+    torch.testing.assert_close(many, log_snr[t].expand(4, 3).reshape(-1), atol=1e-10, rtol=0)
+    torch.testing.assert_close(one, log_snr[5].expand(12), atol=1e-10, rtol=0)
 
 
 def test_one_timestep_has_an_embedding():
-    assert log_snr_embedding(Schedule(torch.tensor([0.5])), 2).isfinite().all()
-    net = ResidualMLP(2, LinearSchedule(1), width=8)
-    assert net(torch.zeros(3, 2), 1).shape == (3, 2)
+    prior = DiffusionPrior(2, 1, Schedule(torch.tensor([0.5])))
+    assert prior.reverse(torch.zeros(3, 2), 1).mean.isfinite().all()
 
 
 def test_the_tables_are_not_part_of_the_state(denoiser):
-    assert not any("embedding" in name for name in denoiser.state_dict())
+    names = {name for name, _ in denoiser.named_parameters()}
+    assert denoiser.state_dict().keys() == names
 
 
 # --- The preconditioned denoiser ------------------------------------------------------------------
@@ -75,17 +87,22 @@ def gaussian_prior(num_timesteps, reverse_variance="beta"):
     r"""Returns a prior whose denoiser is exact for latents from N(MEAN, SCALE^2)."""
     schedule = LinearSchedule(num_timesteps)
     num_outputs = 2 if reverse_variance == "learned" else 1
-    net = PreconditionedDenoiser(2, schedule, num_outputs, width=8)
+    net = make_backbone("residual", 2, schedule, num_outputs, width=8)
+    prior = DiffusionPrior(
+        2, num_timesteps, schedule, net, reverse_variance=reverse_variance, preconditioning=True
+    )
+    moments = prior.denoiser.preconditioning
     with torch.no_grad():
-        net.mean.copy_(torch.tensor(MEAN))
-        net.log_scale.copy_(torch.tensor(SCALE).log() / net.gain)
-    prior = DiffusionPrior(2, num_timesteps, schedule, net, reverse_variance=reverse_variance)
+        moments.mean.copy_(torch.tensor(MEAN))
+        moments.log_scale.copy_(torch.tensor(SCALE).log() / moments.gain)
     return prior.to(torch.float64)
 
 
-def test_preconditioning_denoises_gaussian_latents_exactly():
-    prior, t = gaussian_prior(50), torch.tensor([1, 7, 30, 50])
-    torch.testing.assert_close(prior.denoiser.scale, torch.tensor(SCALE).double())
+@pytest.mark.parametrize("num_timesteps", [10, 50])
+@pytest.mark.parametrize("reverse_variance", REVERSE_VARIANCES)
+def test_preconditioning_denoises_gaussian_latents_exactly(reverse_variance, num_timesteps):
+    prior, t = gaussian_prior(num_timesteps, reverse_variance), torch.tensor([1, 3, 7, 10])
+    torch.testing.assert_close(prior.denoiser.preconditioning.scale, torch.tensor(SCALE).double())
     z = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     alpha_bar = prior.schedule.original("alphas_cumprod")[t, None]
     m, s = torch.tensor(MEAN).double(), torch.tensor(SCALE).double()
@@ -140,7 +157,5 @@ def test_the_probability_flow_of_a_preconditioned_prior_has_the_density_of_its_m
 
 
 def test_preconditioning_is_for_a_network_that_predicts_the_noise():
-    schedule = LinearSchedule(T)
-    with pytest.raises(ValueError, match=r"^a PreconditionedDenoiser predicts 'eps'.* got 'v'$"):
-        net = PreconditionedDenoiser(2, schedule)
-        DiffusionPrior(2, T, schedule, net, parameterization="v")
+    with pytest.raises(ValueError, match=r"^a preconditioned denoiser predicts 'eps'.* got 'v'$"):
+        DiffusionPrior(2, T, parameterization="v", preconditioning=True)

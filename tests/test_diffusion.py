@@ -8,8 +8,8 @@ import pytest
 import torch
 from errors import one_line_value_error
 
-from pyro_vaediff.schedules import at_time, gaussian_moments, q_marginal, q_reverse, q_step
-from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
+from pyro_vaediff.diffusion import gaussian_moments, q_marginal, q_reverse, q_step
+from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule, at_time
 
 T = 6
 SCHEDULES = {

@@ -19,7 +19,15 @@ from unbiased import (
     per_datum,
 )
 
-from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
+from pyro_vaediff import (
+    VAE,
+    DiffusionPrior,
+    FlowPrior,
+    GaussianPrior,
+    Reweighted,
+    Timestep_ELBO,
+    TraceKL_ELBO,
+)
 from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.testing.affine import condition, covariance, stack
 
@@ -157,7 +165,7 @@ def test_path_derivative_of_the_unrolled_chain(x, order):
         lambda w: dist.Delta(w, event_dim=1),
         lambda w: dist.Uniform(w - 1, w + w.square()).to_event(1),
     ],
-    ids=["Delta", "UniformTimesteps"],
+    ids=["Delta", "Uniform"],
 )
 def test_densities_without_a_path(device, q_z0):
     prior = DiffusionPrior(2, num_timesteps=4).to(device)
@@ -199,7 +207,7 @@ def test_more_timesteps_and_more_particles_lower_the_variance(x):
 @pytest.mark.parametrize("weighting", ["simple", "paper"])
 def test_weightings(x, weighting, reverse_variance, timesteps, T):
     vae = linear_gaussian_vae(T, reverse_variance=reverse_variance).to(x.device)
-    elbo = Timestep_ELBO(timesteps, k=2, weighting=weighting, chunk_size=4)
+    elbo = Reweighted(Timestep_ELBO(timesteps, k=2, chunk_size=4), weighting)
     exact = exact_values(vae, Oracle(vae, x).weighted(weighting))
     assert_unbiased(draws(elbo, vae, x), exact, target=0.05)
 

@@ -16,10 +16,8 @@ from torch import nn
 
 from pyro_vaediff import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, VampPrior
 from pyro_vaediff.diffusion import q_reverse
-from pyro_vaediff.nn import MLPBackbone, ResidualMLP, make_denoiser
+from pyro_vaediff.nn import MLPBackbone, ResidualMLP, make_backbone
 from pyro_vaediff.schedules import LinearSchedule, Schedule
-from pyro_vaediff.train.build import make_prior
-from pyro_vaediff.train.config import ModelConfig
 
 SCHEDULES = ("linear", "cosine")
 PARAMETERIZATIONS = ("eps", "z0", "mu", "v")
@@ -38,26 +36,19 @@ def narrow_normal(x):
 
 
 class Constant(nn.Module):
-    r"""A denoiser whose outputs are given numbers."""
+    r"""A backbone whose outputs are given numbers, in float64."""
 
     def __init__(self, *outputs):
         super().__init__()
-        self.register_buffer("outputs", torch.tensor(outputs))
+        self.outputs = [torch.tensor(output, dtype=torch.float64) for output in outputs]
 
-    def forward(self, z, t):
-        return self.outputs.to(z).expand(*z.shape[:-1], -1)
+    def forward(self, z, log_snr):
+        outputs = tuple(output.to(z).expand_as(z) for output in self.outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def exact(actual, expected, atol=1e-10):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
-
-
-def test_a_configuration_sets_the_ends_of_the_linear_schedule():
-    config = ModelConfig("diffusion", num_timesteps=7, beta_min=1e-5, beta_max=0.04)
-    expected = LinearSchedule(7, 1e-5, 0.04).original("betas")
-    exact(make_prior(config).schedule.original("betas"), expected)
-    default = make_prior(ModelConfig("diffusion", num_timesteps=7)).schedule.original("betas")
-    exact(default, LinearSchedule(7).original("betas"))
 
 
 # --- The start at N(0, I) -------------------------------------------------------------------------
@@ -112,8 +103,8 @@ def test_variances(device, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learned_variances_are_bounded(device, schedule, T):
     def log_variance(u, t):
-        denoiser = Constant(0.0, 0.0, u, -u)
-        prior = DiffusionPrior(2, T, schedule, denoiser, reverse_variance="learned")
+        backbone = Constant([0.0, 0.0], [u, -u])
+        prior = DiffusionPrior(2, T, schedule, backbone, reverse_variance="learned")
         return prior.double().to(device).reverse(torch.zeros(1, 2, device=device), t).variance.log()
 
     original = DiffusionPrior(2, T, schedule).schedule.original
@@ -165,7 +156,6 @@ def test_a_prediction_moves_the_mean_as_its_definition_says(device, schedule, re
         prior = DiffusionPrior(
             1, 6, schedule, Constant(*outputs), parameterization, reverse_variance
         )
-        prior.denoiser.outputs = torch.tensor(outputs, dtype=torch.float64)
         return prior.double().to(device).reverse(z, t).mean.item()
 
     z = torch.tensor([z_t], dtype=torch.float64, device=device)
@@ -179,10 +169,9 @@ def test_a_prediction_moves_the_mean_as_its_definition_says(device, schedule, re
 @pytest.mark.parametrize("reverse_variance", VARIANCES)
 def test_denoise_is_what_the_reverse_mean_implies(device, reverse_variance, parameterization):
     num_outputs = 2 if reverse_variance == "learned" else 1
-    prior = DiffusionPrior(
-        2, 6, "cosine", MLPBackbone(2, 6, num_outputs, [16]), parameterization, reverse_variance
-    )
-    nn.init.normal_(prior.denoiser.net[-1].weight)
+    backbone = ResidualMLP(2, num_outputs=num_outputs, width=16)
+    nn.init.normal_(backbone.outputs.weight)
+    prior = DiffusionPrior(2, 6, "cosine", backbone, parameterization, reverse_variance)
     prior = prior.double().to(device)
     z = torch.randn(5, 2, dtype=torch.float64, device=device)
     for t in range(2, 7):
@@ -229,8 +218,8 @@ def test_outside_of_plates_there_is_one_sample(device, name):
 @pytest.mark.parametrize(
     "make, match",
     [
-        *((lambda make=make: make(0), "latent_dim .* got 0") for make in PRIORS.values()),
-        *((lambda make=make: make(1.5), "latent_dim .* got 1.5") for make in PRIORS.values()),
+        *((lambda make=make: make(0), "event_shape .* got 0") for make in PRIORS.values()),
+        *((lambda make=make: make(1.5), "event_shape .* got 1.5") for make in PRIORS.values()),
         (lambda: DiffusionPrior(2, 0), "num_timesteps .* got 0"),
         (lambda: DiffusionPrior(2, 5, "quadratic"), "unknown schedule 'quadratic'"),
         (lambda: DiffusionPrior(2, 5, Schedule(torch.tensor([0.5]))), "num_timesteps is 5, .* 1"),
@@ -247,8 +236,8 @@ def test_outside_of_plates_there_is_one_sample(device, name):
         (lambda: VampPrior(None, 2, (2,), num_components=1.5), "num_components .* got 1.5"),
         (lambda: VampPrior(None, 2, (2,), support=(1, 0)), r"support .* got \(1, 0\)"),
         (lambda: ResidualMLP(2, LinearSchedule(5), embedding_dim=3), "positive, got 3"),
-        (lambda: make_denoiser("unet", 2, LinearSchedule(5)), "unknown denoiser 'unet': .*mlp"),
-        (lambda: MLPBackbone(2, 5, embedding_dim=3), "even and positive, got 3"),
+        (lambda: make_backbone("unet", 2, LinearSchedule(5)), "unknown denoiser 'unet': .*mlp"),
+        (lambda: MLPBackbone(2, embedding_dim=3), "even and positive, got 3"),
     ],
 )
 def test_bad_input(make, match):

@@ -10,10 +10,10 @@ import torch
 from errors import one_line_value_error
 
 from pyro_vaediff import VAE, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluate.elbo import evaluate, preprocess
 from pyro_vaediff.infer import check_mean_field, elbo_terms, make_elbo
+from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
 from pyro_vaediff.train.report import kl_by_timestep, readable_terms

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pyro import poutine
+from scipy import stats
 
 from pyro_vaediff.testing import Oracle, one_copy_per_datum
 
@@ -53,6 +54,23 @@ def assert_unbiased(draws, exact, target):
     assert (se < target * exact.abs().amax().clamp(min=1.0)).all(), se.max()
     error = (mean - exact).abs() / (5 * se + 1e-10)
     assert (error < 1).all(), f"{error.max():.2f} of the tolerance, entry {error.argmax()}"
+    for rows, truth in zip(draws.unbind(1), exact, strict=True):
+        assert hotelling(rows, truth) > 1e-8
+
+
+def hotelling(draws, exact):
+    r"""Returns the p-value of all means at once: Hotelling's test.
+
+    A bias that is small in every entry is large in some direction, in which the noise is small.
+    """
+    scale = draws.std(0)
+    varies = scale > 1e-8 * scale.max()
+    rows = (draws - exact)[:, varies] / scale[varies]
+    mean, covariance = rows.mean(0), torch.cov(rows.T).reshape(rows.shape[1], -1)
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > 1e-6 * values.max()  # entries may be functions of others
+    squares = (mean @ vectors).square() * len(rows) / values
+    return stats.chi2.sf(squares[kept].sum().item(), int(kept.sum()))
 
 
 def assert_matches_oracle(elbo, vae, x, target=0.03):

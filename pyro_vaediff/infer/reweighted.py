@@ -57,12 +57,12 @@ def simple(term: Term) -> Tensor | None:
 
 def paper(term: Term) -> Tensor | None:
     r"""Returns a term of the paper's equation (20)."""
-    if term.role in ("constant", "first", "last"):
+    if term.role in ("constant", "last"):
         return None
-    if term.role != "steps":
+    if term.role not in ("steps", "first"):
         return term.value
     prior, _ = fixed_variance(term)
-    return term.value / (prior.num_timesteps - 1)
+    return None if term.role == "first" else term.value / (prior.num_timesteps - 1)
 
 
 def fixed_variance(term: Term) -> tuple[DiffusionPrior, int | Tensor]:

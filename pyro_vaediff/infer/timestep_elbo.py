@@ -120,7 +120,8 @@ class CollapseChain(Messenger):
             # The chunk is named without reading the device.
             chunk = f"[{first}:{min(first + self.chunk_size, T + 1)}]"
             first += self.chunk_size
-            with pyro.plate(f"{PLATE}{chunk}", len(t)) as plate:
+            plate = pyro.plate(f"{PLATE}{chunk}", len(t))
+            with plate:
                 yield chunk, t.reshape((-1,) + (1,) * (-1 - plate.dim))
 
     # Given z_0 and with a fixed variance, a KL is a square of means and a constant, whose sum over

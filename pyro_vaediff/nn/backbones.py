@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_choice, check_whole
+from ..arguments import as_shape, check_choice, check_whole
 from ..schedules import Schedule
 from .mlp import mlp
 
@@ -75,10 +75,8 @@ class Vectors(nn.Module):
 
     def __init__(self, event_shape: int | Sequence[int], num_outputs: int = 1):
         super().__init__()
-        shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        for size in shape:
-            check_whole("each number in event_shape", size)
-        self.event_shape, self.num_outputs = torch.Size(shape), num_outputs
+        self.event_shape = torch.Size(as_shape("event_shape", event_shape))
+        self.num_outputs = num_outputs
         self.features = self.event_shape.numel()
 
     def flatten(self, z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_whole
+from ..arguments import as_shape
 from ..nn.scale import upcast
 
 __all__ = ["Prior"]
@@ -37,13 +37,8 @@ class Prior(nn.Module, ABC):
 
     def __init__(self, event_shape: int | Sequence[int]):
         super().__init__()
-        shape = tuple(event_shape) if isinstance(event_shape, Sequence) else (event_shape,)
-        if not shape:
-            raise ValueError("event_shape must have at least one dimension, got ()")
-        for size in shape:
-            check_whole("latent_dim" if len(shape) == 1 else "each number in event_shape", size)
         #: The shape of a latent.
-        self.event_shape = torch.Size(int(size) for size in shape)
+        self.event_shape = torch.Size(as_shape("event_shape", event_shape))
         self.register_buffer("origin", torch.zeros(self.event_shape), persistent=False)
 
     @property

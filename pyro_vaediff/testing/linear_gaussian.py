@@ -7,6 +7,7 @@ then has a gradient of its own.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_seed, check_whole
+from ..arguments import as_shape, check_seed, check_whole
 from ..nn.backbones import TimeAdapter, Vectors
 from ..priors import DiffusionPrior
 from ..schedules import Schedule
@@ -38,20 +39,23 @@ class LinearGaussian(nn.Module):
     and ``bias`` for :math:`b` and ``log_scale`` for :math:`r`, with shape :math:`(1, O)`.
 
     Arguments:
-        in_shape: The shape of an input, with :math:`I` numbers in all.
-        out_shape: The shape of a draw, with :math:`O` numbers in all.
+        in_shape: The shape of an input, or its number of features, with :math:`I` numbers in all.
+        out_shape: The shape of a draw, or its number of features, with :math:`O` numbers in all.
         log_scale: The mean of the random :math:`r`, the logarithms of the standard deviations.
 
     Example:
-        >>> network = LinearGaussian((3,), (2,), log_scale=0.0)
+        >>> network = LinearGaussian(3, 2, log_scale=0.0)
         >>> network(torch.zeros(5, 3, dtype=torch.float64)).mean.shape
         torch.Size([5, 2])
     """
 
-    def __init__(self, in_shape: Sequence[int], out_shape: Sequence[int], log_scale: float):
+    def __init__(
+        self, in_shape: int | Sequence[int], out_shape: int | Sequence[int], log_scale: float
+    ):
         super().__init__()
-        self.in_dim, self.out_shape = len(in_shape), tuple(out_shape)
-        inputs, outputs = (torch.Size(shape).numel() for shape in (in_shape, out_shape))
+        in_shape, self.out_shape = as_shape("in_shape", in_shape), as_shape("out_shape", out_shape)
+        self.in_dim = len(in_shape)
+        inputs, outputs = math.prod(in_shape), math.prod(self.out_shape)
         self.weight = random(outputs, inputs, scale=0.5)
         self.bias = random(outputs, scale=0.3)
         self.log_scale = random(outputs, scale=0.2, shift=log_scale)
@@ -83,8 +87,11 @@ class LinearDenoiser(Vectors):
             ``reverse_variance="learned"`` needs them.
     """
 
-    def __init__(self, event_shape: Sequence[int], num_timesteps: int, learned_variance: bool):
+    def __init__(
+        self, event_shape: int | Sequence[int], num_timesteps: int, learned_variance: bool = False
+    ):
         super().__init__(event_shape, 2 if learned_variance else 1)
+        check_whole("num_timesteps", num_timesteps)
         D = self.features
         self.weight = random(num_timesteps + 1, D, D, scale=0.3)
         self.bias = random(num_timesteps + 1, D, scale=0.3)
@@ -147,7 +154,7 @@ def linear_gaussian_vae(
         >>> vae.prior.num_timesteps
         5
     """
-    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    shape = as_shape("event_shape", event_shape)
     check_whole("num_timesteps", num_timesteps)
     if seed is not None:
         check_seed(seed)
@@ -165,8 +172,8 @@ def linear_gaussian_vae(
             reverse_variance=reverse_variance,
             **kwargs,
         )
-        encoder = LinearGaussian((num_features,), shape, log_scale=-0.5)
-        decoder = LinearGaussian(shape, (num_features,), log_scale=0.0)
+        encoder = LinearGaussian(num_features, shape, log_scale=-0.5)
+        decoder = LinearGaussian(shape, num_features, log_scale=0.0)
     return VAE(encoder, decoder, prior).double()
 
 

@@ -325,7 +325,7 @@ class Oracle:
 
 def check_vae(vae: VAE) -> None:
     r"""Raises a ``ValueError`` unless the parameters of a VAE say all about it."""
-    backbone = getattr(vae.prior.denoiser, "backbone", None)
+    backbone = getattr(getattr(vae.prior, "denoiser", None), "backbone", None)
     networks = (vae.encoder, vae.decoder, getattr(backbone, "net", None))
     # A subclass may compute something else from the same parameters.
     if [type(net) for net in networks] != [LinearGaussian, LinearGaussian, LinearDenoiser]:
