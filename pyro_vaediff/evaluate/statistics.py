@@ -148,8 +148,9 @@ def frechet_distances(
         # A chain of a thousand steps is the faster, the more latents go through it at once.
         for many in torch.arange(len(reference)).split(10 * batch_size):
             cs = [v[many.to(v.device)] for v in given(c)]
-            batches = zip(*(v.split(batch_size) for v in (sample(vae.prior, len(many), *cs), *cs)))
-            yield from (vae.space.to_unit(point(vae.decoder(*batch))) for batch in batches)
+            latents = sample(vae.prior, len(many), *cs), *cs
+            for batch in zip(*(v.split(batch_size) for v in latents), strict=True):
+                yield vae.space.to_unit(point(vae.decoder(*batch)))
 
     def reconstructions() -> Iterator[Tensor]:
         for x, cs in in_batches(vae, reference, c, batch_size):
