@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from pyro_vaediff.evaluate import FeatureStatistics, feature_statistics, frechet_distance
+from pyro_vaediff.evaluate import FeatureStatistics, frechet_distance
 
 
 def random_covariance(dim: int, rank: int | None = None) -> torch.Tensor:
@@ -92,12 +92,12 @@ def test_fewer_images_than_dimensions():
     rotation = random_rotation(50)
     features1 = torch.randn(4, 10, dtype=torch.float64) @ rotation[:10]
     features2 = torch.randn(5, 10, dtype=torch.float64) @ rotation[10:20]
-    (mean1, cov1), (mean2, cov2) = feature_statistics(features1), feature_statistics(features2)
-    exact = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()
+    a, b = map(FeatureStatistics.from_features, (features1, features2))
+    exact = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()
 
     # The square root of an eigenvalue that should be zero is off by about 1e-8.
-    assert torch.linalg.matrix_rank(cov1) == 3
-    assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(exact.item(), abs=1e-6)
+    assert torch.linalg.matrix_rank(a.cov) == 3
+    assert a.distance(b) == pytest.approx(exact.item(), abs=1e-6)
 
 
 def test_distance_converges_to_the_populations():
@@ -120,7 +120,8 @@ def test_distance_converges_to_the_populations():
 def test_statistics_are_those_of_numpy(device):
     torch.manual_seed(5)
     features = torch.randn(30, 7, device=device) * 3 + 100
-    mean, cov = feature_statistics(features)
+    statistics = FeatureStatistics.from_features(features)
+    mean, cov = statistics.mean, statistics.cov
     array = features.cpu().double().numpy()
 
     assert mean.dtype == cov.dtype == torch.float64
@@ -243,13 +244,13 @@ def test_errors():
     eye = torch.eye(2)
 
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        feature_statistics(torch.zeros(1, 3))
+        FeatureStatistics.from_features(torch.zeros(1, 3)).cov  # noqa: B018
     with pytest.raises(ValueError, match="features must have shape"):
-        feature_statistics(torch.zeros(0, 3))
+        FeatureStatistics.from_features(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="features must have shape"):
-        feature_statistics(torch.zeros(2, 3, 1, 1))
+        FeatureStatistics.from_features(torch.zeros(2, 3, 1, 1))
     with pytest.raises(ValueError, match="features must be finite"):
-        feature_statistics(torch.tensor([[0.0], [math.inf]]))
+        FeatureStatistics.from_features(torch.tensor([[0.0], [math.inf]]))
     with pytest.raises(ValueError, match="dimensions are 2 and 3"):
         FeatureStatistics.from_features(torch.zeros(4, 2)) + FeatureStatistics.from_features(
             torch.zeros(4, 3)

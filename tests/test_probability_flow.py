@@ -10,10 +10,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from errors import one_line_value_error
+from pyro.distributions import constraints
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from test_samplers import gaussian_data, gaussian_prior
 from torch import nn
 
-from pyro_vaediff import DiffusionPrior, GaussianPrior
+from pyro_vaediff import DiffusionPrior, FlowPrior, GaussianPrior
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.schedules import LinearSchedule, Schedule
 
@@ -37,7 +40,7 @@ def random_prior(device, latent_dim=2, T=20, reverse_variance="beta"):
     # So short that even a single step of the flow, of length 1.2, is contracting.
     schedule = Schedule(torch.linspace(0.02, 0.1, T))
     prior = DiffusionPrior(latent_dim, T, schedule, network, reverse_variance=reverse_variance)
-    return prior.double().to(device)
+    return prior.double().to(device).requires_grad_(False)
 
 
 class MixtureDenoiser(nn.Module):
@@ -79,7 +82,8 @@ def test_a_prior_at_its_start_is_a_standard_normal(device, schedule, parameteriz
     prior = DiffusionPrior(5, 1000, schedule, parameterization=parameterization).to(device)
     z_0 = 2 * torch.randn(7, 5, device=device)
     for dtype, atol in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
-        log_prob = ProbabilityFlow(prior.to(dtype), num_steps=10).log_prob(z_0.to(dtype))
+        with torch.no_grad():
+            log_prob = ProbabilityFlow(prior.to(dtype), num_steps=10).log_prob(z_0.to(dtype))
         expected = prior.standard_normal().log_prob(z_0.to(dtype))
         torch.testing.assert_close(log_prob, expected, atol=atol, rtol=0)
 
@@ -182,6 +186,84 @@ def test_samples_of_a_mixture_of_gaussians(device):
         assert ((values.mean(0) - exact).abs() < 5 * se + 1e-3).all()
 
 
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+def test_gradients_are_those_of_differences(device):
+    # First and second ones, with respect to latents and to parameters, of densities and samples.
+    flow = ProbabilityFlow(random_prior(device, T=5).requires_grad_(True), num_steps=3)
+    z = torch.randn(2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    # The parameters are perturbed in place.
+    inputs = z, *flow.prior.parameters()
+    for fn in (lambda z, *_: flow.log_prob(z), lambda z, *_: flow.decode(z)):
+        assert torch.autograd.gradcheck(fn, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(fn, inputs, fast_mode=True)
+
+
+def test_without_gradients_the_numbers_are_the_same(device):
+    flow = ProbabilityFlow(random_prior(device).requires_grad_(True), num_steps=5)
+    z_0 = torch.randn(7, 2, dtype=torch.float64, device=device)
+    log_prob, z_T = flow.log_prob(z_0), flow.decode(z_0)
+    assert log_prob.requires_grad and z_T.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(z_0), log_prob, atol=1e-10, rtol=0)
+        torch.testing.assert_close(flow.decode(z_0), z_T, atol=1e-10, rtol=0)
+        assert not flow.log_prob(z_0).requires_grad
+    assert not flow.sample().requires_grad and flow.rsample().requires_grad
+
+
+PRIORS = {
+    "gaussian": lambda: GaussianPrior(2),
+    "flow": lambda: FlowPrior(2),
+    "diffusion": lambda: DiffusionPrior(2, 20),
+}
+
+
+class Density(dist.TorchDistribution):
+    r"""A prior as a distribution, by its ``log_prob``."""
+
+    support, has_rsample = constraints.real_vector, True
+
+    def __init__(self, prior):
+        self.prior = prior
+        super().__init__(event_shape=(2,), validate_args=False)
+
+    def log_prob(self, z):
+        return self.prior.log_prob(z)
+
+    def rsample(self, sample_shape=()):
+        return self.prior.standard_normal().expand(sample_shape).sample()
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_it_is_a_prior_of_somebodys_model(device, name):
+    # All priors start at N(0, I). With y ~ N(z, I) at y = (2, 2), the posterior is N(1, I / 2).
+    prior = PRIORS[name]().to(device).requires_grad_(False)
+    p_z = ProbabilityFlow(prior, num_steps=2) if name == "diffusion" else Density(prior)
+    y = torch.full((2,), 2.0, device=device)
+
+    def model():
+        pyro.sample("y", dist.Normal(pyro.sample("z", p_z), 1.0).to_event(1), obs=y)
+
+    start = init_to_value(values={"z": torch.zeros(2, device=device)})
+    for make, steps in ((AutoDelta, 150), (AutoNormal, 300)):
+        guide = make(model, init_loc_fn=start)
+        optimizer = pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.01 ** (1 / steps)}
+        )
+        svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
+        for _ in range(steps):
+            svi.step()
+            optimizer.step()
+        z = guide.median()["z"]
+        target = 0.02 if make is AutoDelta else 0.15
+        torch.testing.assert_close(z, torch.ones_like(y), atol=target, rtol=0)
+        if make is AutoNormal:
+            sd = guide.quantiles([0.841345])["z"][0] - z
+            torch.testing.assert_close(sd, torch.full_like(y, 0.5**0.5), atol=0.1, rtol=0)
+        pyro.clear_param_store()
+
+
 # --- The distribution -----------------------------------------------------------------------------
 
 
@@ -206,7 +288,6 @@ def test_it_is_a_distribution_for_programs(device):
     assert z_0.shape == (3, 2)
     log_prob = capture.trace.nodes["z_0"]["log_prob"]
     torch.testing.assert_close(log_prob, flow.log_prob(z_0), atol=1e-12, rtol=0)
-    assert not log_prob.requires_grad
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 1000])
