@@ -83,7 +83,7 @@ def test_the_dequantized_density_bounds_the_discrete_probability(device):
 
 def gaussian_vae(device):
     r"""A VAE with p(z_0) = N(0, 1) and affine networks: x is Gaussian."""
-    encoder, decoder = LinearGaussian(3, 1, log_scale=-0.5), LinearGaussian(1, 3, log_scale=0.0)
+    encoder, decoder = LinearGaussian((3,), (1,), log_scale=-0.5), LinearGaussian((1,), (3,), log_scale=0.0)
     return VAE(encoder, decoder, GaussianPrior(1)).double().to(device)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..arguments import check_whole
 from ..priors import DiffusionPrior, Prior
-from ..schedules import at_time
 from ..vae import VAE
 
 __all__ = ["ddim", "interpolate", "point", "reconstruct", "sample", "trajectory"]
