@@ -14,10 +14,10 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_EL
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.bench import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.evaluate import bits_per_dim, importance_weighted_bound
 from pyro_vaediff.infer import elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
+from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 
 
 @pytest.fixture
@@ -83,7 +83,8 @@ def test_the_dequantized_density_bounds_the_discrete_probability(device):
 
 def gaussian_vae(device):
     r"""A VAE with p(z_0) = N(0, 1) and affine networks: x is Gaussian."""
-    encoder, decoder = LinearGaussian((3,), (1,), log_scale=-0.5), LinearGaussian((1,), (3,), log_scale=0.0)
+    encoder = LinearGaussian((3,), (1,), log_scale=-0.5)
+    decoder = LinearGaussian((1,), (3,), log_scale=0.0)
     return VAE(encoder, decoder, GaussianPrior(1)).double().to(device)
 
 
@@ -190,7 +191,7 @@ def test_other_estimators_are_an_error_that_says_why(x, elbo):
 
 
 class Zero(nn.Module):
-    def forward(self, z, t):
+    def forward(self, z, log_snr):
         return torch.zeros_like(z)
 
 
@@ -201,7 +202,7 @@ def test_the_log_mean_exp_of_an_estimate_exceeds_the_evidence(x, elbo):
     vae = gaussian_vae(x.device)
     use_exact_posterior(vae)
     evidence = log_evidence(vae, x)
-    vae.prior = DiffusionPrior(1, 20, denoiser=Zero()).double().to(x.device)
+    vae.prior = DiffusionPrior(1, 20, backbone=Zero()).double().to(x.device)
     bound = importance_weighted_bound(vae.model, vae.guide, x, elbo=Trace_ELBO(num_particles=2))
     torch.testing.assert_close(bound, evidence, atol=1e-10, rtol=0)
 

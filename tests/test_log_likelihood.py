@@ -13,8 +13,7 @@ from pyro.infer import Trace_ELBO
 from test_likelihood_metrics import gaussian_vae, log_evidence, use_exact_posterior
 from torch import nn
 
-from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Prior
-from pyro_vaediff.bench import LinearGaussian, linear_gaussian_vae
+from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, Prior
 from pyro_vaediff.evaluate import (
     importance_log_likelihood,
     importance_weighted_bound,
@@ -24,7 +23,8 @@ from pyro_vaediff.evaluate import (
 )
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder
-from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
+from pyro_vaediff.sampling import ProbabilityFlow
+from pyro_vaediff.testing import LinearGaussian, linear_gaussian_vae
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def x(device):
 
 
 class Chain(Prior):
-    def model(self):
+    def model(self, c=None):
         z_1 = pyro.sample("z_1", self.standard_normal())
         return pyro.sample("z_0", dist.Normal(z_1, 1.0).to_event(1))
 
@@ -46,16 +46,17 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.tensor([[0.05]]))
         self.bias = nn.Parameter(torch.tensor([0.05]))
 
-    def forward(self, z, t):
+    def forward(self, z, log_snr):
         return z @ self.weight.mT + self.bias
 
 
 def linear_flow_vae(device):
     r"""Returns a VAE with a diffusion prior, and the moments of its flow of 5 steps."""
     vae = gaussian_vae(device)
-    vae.prior = DiffusionPrior(1, 20, denoiser=Linear()).double().to(device)
+    vae.prior = DiffusionPrior(1, 20, backbone=Linear()).double().to(device)
     flow = ProbabilityFlow(vae.prior, num_steps=5)
-    ends = flow.decode(torch.tensor([[0.0], [1.0]], dtype=torch.float64, device=device))
+    with torch.no_grad():
+        ends = flow.decode(torch.tensor([[0.0], [1.0]], dtype=torch.float64, device=device))
     return vae, ends[0], (ends[1] - ends[0]).abs()
 
 
@@ -68,6 +69,15 @@ def test_the_density_of_a_diffusion_prior_is_that_of_its_flow(device):
     coarse, fine = (prior_log_prob(prior, z_0, num_steps=n) for n in (2, 20))
     assert torch.equal(fine, ProbabilityFlow(prior, num_steps=20).log_prob(z_0))
     assert (coarse - fine).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [GaussianPrior, FlowPrior, lambda D: MixturePrior(D, 3)])
+def test_exact_densities_have_gradients(make):
+    prior = make(2).double()
+    z_0 = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    inputs = z_0, *prior.parameters()
+    assert prior_log_prob(prior, z_0).requires_grad
+    assert torch.autograd.gradcheck(lambda z, *_: prior_log_prob(prior, z), inputs, fast_mode=True)
 
 
 def test_a_prior_without_a_density_is_an_error(device):
@@ -197,7 +207,7 @@ def test_the_likelihood_of_a_discrete_pixel_is_a_probability(device):
         def forward(self, z):
             return self.likelihood(super().forward(z).unflatten(-1, (-1, 1, 1)))
 
-    encoder, decoder = Encoder(1, 1, log_scale=0.0), Decoder(1, likelihood.num_maps)
+    encoder, decoder = Encoder((1,), (1,), log_scale=0.0), Decoder(1, likelihood.num_maps)
     decoder.likelihood = likelihood
     vae = VAE(encoder, decoder, GaussianPrior(1), likelihood.space(levels)).double().to(device)
     images = torch.arange(levels, dtype=torch.uint8).reshape(-1, 1, 1, 1).repeat(200, 1, 1, 1)

@@ -225,15 +225,10 @@ def test_it_is_a_prior_of_somebodys_model(device):
         pyro.sample("y", dist.Normal(pyro.sample("z", p_z), 1.0).to_event(1), obs=y)
 
     start = init_to_value(values={"z": torch.zeros(2, device=device)})
-    for make, steps in ((AutoDelta, 80), (AutoNormal, 250)):
+    for make, steps in ((AutoDelta, 60), (AutoNormal, 150)):
         guide = make(model, init_loc_fn=start)
-        optimizer = pyro.optim.ExponentialLR(
-            {
-                "optimizer": torch.optim.Adam,
-                "optim_args": {"lr": 0.15},
-                "gamma": 0.01 ** (1 / steps),
-            }
-        )
+        options = {"optim_args": {"lr": 0.15}, "gamma": 0.01 ** (1 / steps)}
+        optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam} | options)
         svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
         for _ in range(steps):
             svi.step()
