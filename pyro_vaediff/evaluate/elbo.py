@@ -146,8 +146,8 @@ def in_batches(
     if isinstance(data, Tensor):
         if data.dtype == torch.uint8 and vae.space is not None:
             check_range(data, vae.space.levels)
-        rows = [x.split(batch_size) for x in (data, *given(c))]
-        data, total = zip(*rows, strict=True), math.ceil(len(data) / batch_size)
+        total = math.ceil(len(data) / batch_size)
+        data = zip(*(x.split(batch_size) for x in (data, *given(c))), strict=True)
     elif isinstance(data, Dataset):
         data = DataLoader(data, batch_size)
     elif c is not None:

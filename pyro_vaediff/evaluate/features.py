@@ -238,7 +238,7 @@ def _pixels(device: torch.device | str) -> Extractor:
     return Extractor("pixels", features, rgb=False, device=device)
 
 
-_LOADERS = {
+_LOADERS: dict[str, Callable[..., Extractor]] = {
     "inception": _inception,
     "efficientnet-lite0": partial(_efficientnet_lite0, 224),
     "efficientnet-lite0-128px": partial(_efficientnet_lite0, 128),

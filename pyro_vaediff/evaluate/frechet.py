@@ -137,8 +137,8 @@ class FeatureStatistics:
         Arguments:
             path: The file to write.
         """
-        arrays = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "count": self.count}
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        mean, cov = self.mean.numpy(), self.cov.numpy()
+        write_atomically(path, lambda file: np.savez(file, mu=mean, sigma=cov, count=self.count))
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:

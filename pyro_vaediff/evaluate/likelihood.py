@@ -109,10 +109,11 @@ def importance_weighted_bound(
 
 def log_joint(trace: poutine.Trace) -> Tensor:
     r"""Returns the log-density of all sites of a trace, without scales, one value per datum."""
-    trace, total = prune_subsample_sites(trace), 0.0
+    trace = prune_subsample_sites(trace)
     for site in trace.nodes.values():
         site["scale"] = 1.0
     trace.compute_log_prob()
+    total = torch.zeros(())
     for name, site in trace.nodes.items():
         if site["type"] == "sample":
             if site["log_prob"].ndim != 1:

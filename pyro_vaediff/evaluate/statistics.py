@@ -88,7 +88,7 @@ def reference_statistics(
     path = None
     if cache_dir is not None:
         digest = hashlib.sha256(f"{tuple(images.shape)} {levels} ".encode())
-        digest.update(images.cpu().contiguous().numpy())
+        digest.update(images.cpu().contiguous().numpy().data)
         path = Path(cache_dir) / f"{extractor.name}-n{len(images)}-{digest.hexdigest()[:16]}.npz"
     if path is not None and path.is_file():
         try:
@@ -141,6 +141,8 @@ def frechet_distances(
         The distances by what they are of, and what they are: ``"label"``, ``"samples"``,
         ``"reconstructions"``, ``"num_images"`` and ``"reference"``.
     """
+    if (space := vae.space) is None:
+        raise ValueError("vae.space is None: Fréchet distances need a PixelSpace")
     reference = data.test[:num_images]
     c = None if c is None else c[: len(reference)].to(next(vae.parameters()))
 
@@ -150,11 +152,11 @@ def frechet_distances(
             cs = [v[many.to(v.device)] for v in given(c)]
             latents = sample(vae.prior, len(many), *cs), *cs
             for batch in zip(*(v.split(batch_size) for v in latents), strict=True):
-                yield vae.space.to_unit(point(vae.decoder(*batch)))
+                yield space.to_unit(point(vae.decoder(*batch)))
 
     def reconstructions() -> Iterator[Tensor]:
         for x, cs in in_batches(vae, reference, c, batch_size):
-            yield vae.space.to_unit(reconstruct(vae, x, *cs))
+            yield space.to_unit(reconstruct(vae, x, *cs))
 
     statistics = reference_statistics(
         reference, extractor, levels=data.levels, cache_dir=cache_dir, progress=progress

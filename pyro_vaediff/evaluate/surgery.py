@@ -184,7 +184,7 @@ def chain_log_prob(
             prior.guide(dist.Delta(z_0, event_dim=z_0.ndim - 1), *given(c))
 
     terms = elbo_terms(model, guide, elbo=elbo)
-    return -sum(term.sum(0) if term.ndim > 1 else term for term in terms.values())
+    return -torch.stack([term.sum(0) if term.ndim > 1 else term for term in terms.values()]).sum(0)
 
 
 def aggregate_log_prob(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]) -> Tensor:

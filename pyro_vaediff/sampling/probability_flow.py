@@ -33,7 +33,7 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 
 from ..arguments import check_whole
-from ..priors import DiffusionPrior
+from ..priors import Prior
 from .samplers import check_diffusion, given
 
 __all__ = ["ProbabilityFlow"]
@@ -96,12 +96,12 @@ class ProbabilityFlow(dist.TorchDistribution):
 
     def __init__(
         self,
-        prior: DiffusionPrior,
+        prior: Prior,
         num_steps: int | None = None,
         chunk_size: int = 4096,
         c: Tensor | None = None,
     ):
-        check_diffusion(prior)
+        prior = check_diffusion(prior)
         T = prior.num_timesteps
         num_steps = min(T, 50) if num_steps is None else num_steps
         if num_steps not in range(1, T + 1):
@@ -140,7 +140,7 @@ class ProbabilityFlow(dist.TorchDistribution):
         z_T, log_det = self.encode(value)
         return self.prior.standard_normal().log_prob(z_T) + log_det
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         r"""Returns samples of :math:`z_0`, with the given shape before those of batch and event."""
         shape = Size(sample_shape) + self.batch_shape
         return self.decode(self.prior.standard_normal().expand(shape).sample())
@@ -214,7 +214,7 @@ class ProbabilityFlow(dist.TorchDistribution):
     def _jacobian(self, velocity: Velocity, z: Tensor, t: int) -> Tensor:
         # Each latent has its own velocity. Hence a direction that all of them share is one row of
         # all Jacobians at once, and the network sees batches as it always does.
-        _, pullback = torch.func.vjp(lambda z: velocity(z, t), z)
+        pullback = torch.func.vjp(lambda z: velocity(z, t), z)[1]
         return torch.func.vmap(
             lambda direction: pullback(direction.expand_as(z))[0],
             out_dims=-2,

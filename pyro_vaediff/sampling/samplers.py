@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -77,7 +78,8 @@ def trajectory(
         trace = poutine.trace(prior.model).get_trace(*given(c))
     T = prior.num_timesteps
     times = torch.linspace(T, 0, min(num_frames, T + 1)).round().long()
-    return times, torch.stack([trace.nodes[f"z_{t}"]["value"] for t in times.tolist()])
+    frames: list[Any] = [trace.nodes[f"z_{t}"]["value"] for t in times.tolist()]
+    return times, torch.stack(frames)
 
 
 @torch.no_grad()
@@ -192,8 +194,9 @@ def isolated(module: nn.Module) -> Iterator[None]:
             vars(parameter).pop("unconstrained", None)
 
 
-def check_diffusion(prior: Prior) -> None:
+def check_diffusion(prior: Prior) -> DiffusionPrior:
     if not isinstance(prior, DiffusionPrior):
         raise ValueError(
             f"prior must be a DiffusionPrior, got {type(prior).__name__}: use sample and log_prob"
         )
+    return prior
