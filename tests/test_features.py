@@ -7,18 +7,24 @@ from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_vaediff import VAE, GaussianPrior
+from pyro_vaediff.data import ImageData
 from pyro_vaediff.evaluate import (
     EXTRACTORS,
     Extractor,
     FeatureStatistics,
     features,
+    frechet_distances,
     image_statistics,
     load_extractor,
     reference_statistics,
 )
+from pyro_vaediff.likelihoods import make_likelihood
+from pyro_vaediff.sampling import sample
 
 
 def efficientnet(name: str, **kwargs) -> Extractor:
@@ -195,7 +201,7 @@ def test_efficientnet_features(name, size, device):
 
 def test_efficientnet_sees_photographs_as_in_training():
     # The first batch norm remembers the variances of its inputs in training. Two photographs have
-    # about the same, within a factor of 2. With the normalisation of EfficientNet proper, which
+    # about the same, within a factor of 2. With the normalization of EfficientNet proper, which
     # is not that of the Lite networks, they would be 5 times larger.
     datasets = pytest.importorskip("sklearn.datasets")
     extractor = efficientnet("efficientnet-lite0")
@@ -241,7 +247,7 @@ def test_pixels_of_large_images_are_averages():
 
 
 @pytest.mark.parametrize("name", ["inception", "efficientnet-lite0-128px"])
-def test_grey_is_colour_without_colour(name, weights):
+def test_grey_is_color_without_color(name, weights):
     if name == "inception":
         extractor = load_extractor(name, weights=weights)
     else:
@@ -394,3 +400,44 @@ def test_wrong_references_are_refused(digits):
         reference_statistics(digits, extractor, levels=16)
     with pytest.raises(ValueError, match="batch_size"):
         reference_statistics(digits, extractor, batch_size=0)
+
+
+# Images of a model
+
+
+class Identity(torch.nn.Module):
+    r"""An encoder that is sure, or a decoder whose mean are its latents, or their context."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x, c=None):
+        return dist.Normal(x if c is None else c, self.scale).to_event(3)
+
+
+def test_frechet_distances_of_a_model(digits):
+    data = ImageData("d", digits[:1], digits[:1], digits, levels=17)
+    head = make_likelihood("discretized-logistic", (1, 8, 8), 17)
+    prior = GaussianPrior((1, 8, 8))
+    vae = VAE(Identity(1e-3), Identity(0.1), prior, head.space(17))
+    extractor = load_extractor("pixels")
+    torch.manual_seed(1)
+    distances = frechet_distances(vae, data, extractor, 25, batch_size=2)
+    assert (distances["num_images"], distances["reference"]) == (25, "d test split")
+    assert distances["label"] == extractor.label
+    # The means of reconstructions are the images; samples are those of N(0, I), in pixels.
+    assert distances["reconstructions"] == pytest.approx(0, abs=1e-6)
+    torch.manual_seed(1)
+    latents = torch.cat([sample(prior, 20), sample(prior, 5)])
+    pixels = ((latents + 1) / 2).clamp(0, 1).flatten(1)
+    exact = FeatureStatistics.from_features(digits[:25].flatten(1) / 16)
+    exact = FeatureStatistics.from_features(pixels).distance(exact)
+    assert distances["samples"] == pytest.approx(exact, rel=1e-5) and exact > 1
+    # With a context, each sample has that of a test image: here, the image itself.
+    c = digits / 8 - 1.0
+    distances = frechet_distances(vae, data, extractor, 25, batch_size=2, c=c)
+    assert distances["samples"] == pytest.approx(0, abs=1e-6)
+    vae.space = None
+    with pytest.raises(ValueError, match="need a PixelSpace"):
+        frechet_distances(vae, data, extractor)
