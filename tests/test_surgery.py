@@ -185,7 +185,7 @@ def test_the_chains_bound_gives_the_kl_of_the_elbo(device, order, timesteps):
         q_z0 = vae.encoder(x)
         z_0 = q_z0.sample((10_000,))
         elbo = Timestep_ELBO(timesteps, k=4, antithetic=False, entropy="exact")
-        log_p = chain_log_prob(vae.prior, z_0.flatten(0, 1), elbo).unflatten(0, (-1, len(x)))
+        log_p = chain_log_prob(vae.prior, z_0, elbo)
         kl = q_z0.log_prob(z_0) - log_p
     se = kl.std(0) / len(kl) ** 0.5
     assert (se < 0.1).all()
@@ -230,11 +230,11 @@ def test_events_of_any_shape(device):
     variances = expected.mean_variances.reshape(1, 2, 2)
     torch.testing.assert_close(surgery.mean_variances, variances, atol=1e-10, rtol=0)
     for log_prior in ("chain", "flow"):
-        shaped.prior = DiffusionPrior((1, 2, 2), 20).double().to(device)
-        total = elbo_surgery(shaped, numbers(6), log_prior=log_prior, num_samples=200).total_kl
+        shaped.prior = small_diffusion_prior((1, 2, 2)).double().to(device)
+        total = elbo_surgery(shaped, numbers(6), log_prior=log_prior, num_samples=100).total_kl
         # A diffusion prior at its start is N(0, I).
         exact = (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(-1).mean().item() / 2
-        assert_estimate(total, exact, 0.1)
+        assert_estimate(total, exact, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ..arguments import check_seed, check_whole
 from ..infer import Timestep_ELBO, elbo_terms
 from ..infer.terms import differentiable_terms
 from ..likelihoods import check_range
-from ..sampling.samplers import given, isolated
+from ..sampling.samplers import isolated
 from ..vae import VAE
 
 __all__ = [
@@ -82,8 +82,8 @@ def evaluate(
     totals: dict[str, Tensor] = {}
     count = 0
     with evaluating(vae, seed):
-        for x, cs in in_batches(vae, data, c, batch_size, progress and "evaluation"):
-            for name, term in differentiable_terms(elbo, vae.model, vae.guide, x, *cs).items():
+        for x, c_x in in_batches(vae, data, c, batch_size, progress and "evaluation"):
+            for name, term in differentiable_terms(elbo, vae.model, vae.guide, x, c_x).items():
                 totals[name] = totals.get(name, 0.0) + term.double()
             count += len(x)
     return {name: float(total / count) for name, total in totals.items()}
@@ -109,8 +109,8 @@ def kl_by_timestep(vae: VAE, x: Tensor, c: Tensor | None = None) -> Tensor:
         ValueError: If :math:`q(z_0 | x)` is not Gaussian.
     """
     elbo = Timestep_ELBO("all", conditioning="x")
-    with isolated(vae):
-        terms = elbo_terms(vae.model, vae.guide, x, *given(c), elbo=elbo)
+    with in_eval_mode(vae):
+        terms = elbo_terms(vae.model, vae.guide, x, c, elbo=elbo)
     first = terms["z_0"].mean().reshape(1)
     return torch.cat([first, terms["z_s"].mean(-1)]) if "z_s" in terms else first
 
@@ -121,7 +121,7 @@ def in_batches(
     c: Tensor | None = None,
     batch_size: int = 100,
     progress: str | bool = False,
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     r"""Yields data in their order and in batches, as the networks see them.
 
     Images in ``uint8`` go through ``vae.space``, everything else is in x-space already. Both are
@@ -136,7 +136,7 @@ def in_batches(
         progress: The label of a progress bar, or ``False`` for none.
 
     Yields:
-        The data, with shape :math:`(B, *)`, and a tuple of their context, empty if there is none.
+        The data, with shape :math:`(B, *)`, and their context if there is one.
 
     Raises:
         ValueError: If there are no data, or images in ``uint8`` and no pixel space.
@@ -147,17 +147,18 @@ def in_batches(
         if data.dtype == torch.uint8 and vae.space is not None:
             check_range(data, vae.space.levels)
         total = math.ceil(len(data) / batch_size)
-        data = zip(*(x.split(batch_size) for x in (data, *given(c))), strict=True)
+        rows = (data,) if c is None else (data, c)
+        data = zip(*(x.split(batch_size) for x in rows), strict=True)
     elif isinstance(data, Dataset):
         data = DataLoader(data, batch_size)
     elif c is not None:
         raise ValueError("c must be None if data are batches: let each be a pair of x and c")
     parameter, count = next(vae.parameters()), 0
     for batch in tqdm(data, progress or None, total, leave=False, disable=not progress):
-        x, *cs = (batch,) if isinstance(batch, Tensor) else batch
+        x, c = (*((batch,) if isinstance(batch, Tensor) else batch), None)[:2]
         if len(x) > 0:
             count += len(x)
-            yield to_x_space(vae, x), tuple(to(c, parameter) for c in cs)
+            yield to_x_space(vae, x), None if c is None else to(c, parameter)
     if count == 0:
         raise ValueError("data must hold at least one datum")
 
@@ -190,15 +191,25 @@ def evaluating(vae: VAE, seed: int) -> Iterator[torch.device]:
     """
     check_seed(seed)
     device = next(vae.parameters()).device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        in_eval_mode(vae),
+    ):
+        torch.manual_seed(seed)
+        yield device
+
+
+@contextmanager
+def in_eval_mode(vae: VAE) -> Iterator[None]:
+    r"""Puts a VAE in eval mode, and restores the mode of each of its modules afterwards.
+
+    What its programs register is not left in the global parameter store.
+    """
     modes = {module: module.training for module in vae.modules()}
     vae.eval()
     try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            isolated(vae),
-        ):
-            torch.manual_seed(seed)
-            yield device
+        with isolated(vae):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

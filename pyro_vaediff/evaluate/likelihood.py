@@ -15,8 +15,7 @@ from torch import Tensor
 from ..arguments import check_whole
 from ..priors import Prior
 from ..sampling.probability_flow import ProbabilityFlow
-from ..sampling.samplers import given
-from ..vae import VAE
+from ..vae import VAE, call
 from .elbo import Data, evaluating, in_batches
 
 __all__ = [
@@ -152,7 +151,7 @@ def prior_log_prob(
         tensor([-1.8379, -1.8379, -1.8379])
     """
     try:
-        return prior.log_prob(z_0, *given(c))
+        return prior.log_prob(z_0, c)
     except NotImplementedError:
         return ProbabilityFlow(prior, c=c, **flow_options).log_prob(z_0)
 
@@ -187,11 +186,11 @@ def importance_log_likelihood(
         | https://arxiv.org/abs/1509.00519
     """
     check_whole("num_samples", num_samples)
-    q_z0 = vae.encoder(x, *given(c))
+    q_z0 = call(vae.encoder, x, c)
 
     def log_weight() -> Tensor:
         z_0 = q_z0()  # as a sample site draws it
-        log_p_x = vae.decoder(z_0, *given(c)).log_prob(x)
+        log_p_x = call(vae.decoder, z_0, c).log_prob(x)
         log_p_z = prior_log_prob(vae.prior, z_0, c, **flow_options)
         return log_p_x - q_z0.log_prob(z_0) + log_p_z
 
@@ -235,7 +234,7 @@ def log_likelihood(
         batches = in_batches(vae, data, c, batch_size, progress and "log-likelihood")
         return torch.cat(
             [
-                importance_log_likelihood(vae, x, num_samples, *cs, **flow_options)
-                for x, cs in batches
+                importance_log_likelihood(vae, x, num_samples, c_x, **flow_options)
+                for x, c_x in batches
             ]
         )

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ImageData
-from ..sampling.samplers import given, point, reconstruct, sample
-from ..vae import VAE
-from .elbo import in_batches
+from ..sampling.samplers import point, reconstruct, sample
+from ..vae import VAE, call
+from .elbo import in_batches, in_eval_mode
 from .features import Extractor
 from .frechet import FeatureStatistics
 
@@ -149,22 +149,24 @@ def frechet_distances(
     def samples() -> Iterator[Tensor]:
         # A chain of a thousand steps is the faster, the more latents go through it at once.
         for many in torch.arange(len(reference)).split(10 * batch_size):
-            cs = [v[many.to(v.device)] for v in given(c)]
-            latents = sample(vae.prior, len(many), *cs), *cs
-            for batch in zip(*(v.split(batch_size) for v in latents), strict=True):
-                yield space.to_unit(point(vae.decoder(*batch)))
+            z_0 = sample(vae.prior, len(many), None if c is None else c[many])
+            for rows, z in zip(many.split(batch_size), z_0.split(batch_size), strict=True):
+                yield space.to_unit(point(call(vae.decoder, z, None if c is None else c[rows])))
 
     def reconstructions() -> Iterator[Tensor]:
-        for x, cs in in_batches(vae, reference, c, batch_size):
-            yield space.to_unit(reconstruct(vae, x, *cs))
+        for x, c_x in in_batches(vae, reference, c, batch_size):
+            yield space.to_unit(reconstruct(vae, x, c_x))
 
     statistics = reference_statistics(
         reference, extractor, levels=data.levels, cache_dir=cache_dir, progress=progress
     )
+    with in_eval_mode(vae):
+        of_samples = image_statistics(samples(), extractor)
+        of_reconstructions = image_statistics(reconstructions(), extractor)
     return {
         "label": extractor.label,
-        "samples": image_statistics(samples(), extractor).distance(statistics),
-        "reconstructions": image_statistics(reconstructions(), extractor).distance(statistics),
+        "samples": of_samples.distance(statistics),
+        "reconstructions": of_reconstructions.distance(statistics),
         "num_images": len(reference),
         "reference": f"{data.name} test split",
     }

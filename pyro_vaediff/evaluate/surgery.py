@@ -33,8 +33,7 @@ from ..arguments import check_choice, check_whole
 from ..diffusion import base_normal
 from ..infer import Timestep_ELBO, elbo_terms
 from ..priors import Prior
-from ..sampling.samplers import given
-from ..vae import VAE
+from ..vae import VAE, call
 from .elbo import Data, evaluating, in_batches, value_elbo
 from .likelihood import prior_log_prob
 
@@ -123,23 +122,22 @@ def elbo_surgery(
     elbo = value_elbo() if elbo is None else elbo
     posteriors, columns, is_bound = [], [], False
     with evaluating(vae, seed):
-        for x, cs in in_batches(vae, data, c, batch_size, progress and "ELBO surgery"):
-            q_z0 = vae.encoder(x, *cs)
+        for x, c_x in in_batches(vae, data, c, batch_size, progress and "ELBO surgery"):
+            q_z0 = call(vae.encoder, x, c_x)
             z_0 = q_z0.sample((num_samples,))
-            flat = z_0.flatten(0, 1), *(v.repeat(num_samples, *[1] * (v.ndim - 1)) for v in cs)
             try:
-                log_p = vae.prior.log_prob(*flat)
+                log_p = vae.prior.log_prob(z_0, c_x)
             except NotImplementedError:
                 is_bound = log_prior == "chain"
                 log_p = (
-                    chain_log_prob(vae.prior, flat[0], elbo, *flat[1:])
+                    chain_log_prob(vae.prior, z_0, elbo, c_x)
                     if is_bound
-                    else prior_log_prob(vae.prior, *flat, **flow_options)
+                    else prior_log_prob(vae.prior, z_0, c_x, **flow_options)
                 )
             q_z0, z_0 = in_float64(q_z0, z_0)
             posteriors.append(q_z0)
             log_q_x = q_z0.log_prob(z_0)
-            parts = z_0, log_q_x, log_p.unflatten(0, (num_samples, len(x))), control(q_z0, log_q_x)
+            parts = z_0, log_q_x, log_p, control(q_z0, log_q_x)
             # Data come first, so that batches can be joined.
             columns.append([part.transpose(0, 1) for part in parts])
     z_0, log_q_x, log_p, noise = (torch.cat(parts) for parts in zip(*columns, strict=True))
@@ -166,25 +164,29 @@ def chain_log_prob(
 
     Arguments:
         prior: The prior.
-        z_0: The latents, with shape :math:`(B, *\mathrm{event})`.
+        z_0: The latents, with shape :math:`(*, *\mathrm{event})`.
         elbo: The estimator, given :math:`z_0`. It is unbiased for the bound of each latent.
-        c: The context, with shape :math:`(B, *)`.
+        c: The context, with shape :math:`(B, *)`, for the last dimension of the batch.
 
     Returns:
-        The estimates, with shape :math:`(B,)`.
+        The estimates, with shape :math:`(*)`.
     """
+    batch = z_0.shape[: z_0.ndim - prior.event_dim]
+    flat = z_0.reshape(-1, *prior.event_shape)
+    c = None if c is None else c.expand(batch + c.shape[1:]).flatten(0, len(batch) - 1)
 
     def model() -> None:
-        with pyro.plate("data", len(z_0), dim=-1):
-            prior.model(*given(c))
+        with pyro.plate("data", len(flat), dim=-1):
+            prior.model(c)
 
     def guide() -> None:
         # A point mass: its log-density is zero, so it drops out of the bound.
-        with pyro.plate("data", len(z_0), dim=-1):
-            prior.guide(dist.Delta(z_0, event_dim=z_0.ndim - 1), *given(c))
+        with pyro.plate("data", len(flat), dim=-1):
+            prior.guide(dist.Delta(flat, event_dim=prior.event_dim), c)
 
     terms = elbo_terms(model, guide, elbo=elbo)
-    return -torch.stack([term.sum(0) if term.ndim > 1 else term for term in terms.values()]).sum(0)
+    parts = [term.sum(0) if term.ndim > 1 else term for term in terms.values()]
+    return -torch.stack(parts).sum(0).reshape(batch)
 
 
 def aggregate_log_prob(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]) -> Tensor:

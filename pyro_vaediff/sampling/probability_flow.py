@@ -34,7 +34,7 @@ from torch import Size, Tensor
 
 from ..arguments import check_whole
 from ..priors import Prior
-from .samplers import check_diffusion, given
+from .samplers import check_diffusion
 
 __all__ = ["ProbabilityFlow"]
 
@@ -184,13 +184,13 @@ class ProbabilityFlow(dist.TorchDistribution):
         """
         if t == 0:
             return torch.zeros_like(z)
-        return (self._signal[t] * z - self.prior.denoise(z, t, *given(c))) / self._sigma[t]
+        return (self._signal[t] * z - self.prior.denoise(z, t, c)) / self._sigma[t]
 
     def _batch_of(self, z: Tensor) -> Size:
         return z.shape[: z.ndim - len(self.event_shape)]
 
     def _differentiates(self, z: Tensor) -> bool:
-        parameters = (*self.prior.parameters(), z, *given(self.c))
+        parameters = (*self.prior.parameters(), z, *(() if self.c is None else (self.c,)))
         return torch.is_grad_enabled() and any(x.requires_grad for x in parameters)
 
     def _in_chunks(self, fn: Callable, z: Tensor, size: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_whole
 from ..priors import DiffusionPrior, Prior
-from ..vae import VAE
+from ..vae import VAE, call
 
 __all__ = ["ddim", "interpolate", "point", "reconstruct", "sample", "trajectory"]
 
@@ -52,7 +52,7 @@ def sample(prior: Prior, num_samples: int, c: Tensor | None = None) -> Tensor:
     """
     check_whole("num_samples", num_samples)
     with isolated(prior), pyro.plate("samples", num_samples):
-        return prior.model(*given(c))
+        return prior.model(c)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def trajectory(
     check_whole("num_samples", num_samples)
     check_whole("num_frames", num_frames, least=2)
     with isolated(prior), pyro.plate("samples", num_samples):
-        trace = poutine.trace(prior.model).get_trace(*given(c))
+        trace = poutine.trace(prior.model).get_trace(c)
     T = prior.num_timesteps
     times = torch.linspace(T, 0, min(num_frames, T + 1)).round().long()
     frames: list[Any] = [trace.nodes[f"z_{t}"]["value"] for t in times.tolist()]
@@ -122,7 +122,7 @@ def ddim(
     times = torch.linspace(T, 0, num_steps + 1).round().long().tolist()
     signal, noise = prior.schedule.alphas_cumprod, prior.schedule.one_minus_alphas_cumprod
     for t, s in itertools.pairwise(times):
-        z_0 = prior.denoise(z, t, *given(c))
+        z_0 = prior.denoise(z, t, c)
         eps = (z - signal[t].sqrt() * z_0) / noise[t].sqrt()
         variance = eta**2 * noise[s] / noise[t] * (1 - signal[t] / signal[s])
         z = signal[s].sqrt() * z_0 + (noise[s] - variance).clamp(min=0).sqrt() * eps
@@ -143,7 +143,7 @@ def reconstruct(vae: VAE, x: Tensor, c: Tensor | None = None) -> Tensor:
     Returns:
         The reconstructions, with the shape of ``x``.
     """
-    return point(vae.decoder(point(vae.encoder(x, *given(c))), *given(c)))
+    return point(call(vae.decoder, point(call(vae.encoder, x, c)), c))
 
 
 @torch.no_grad()
@@ -165,16 +165,11 @@ def interpolate(
     check_whole("num_frames", num_frames, least=2)
     if x.shape != y.shape:
         raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
-    start, end = (point(vae.encoder(v, *given(c))) for v in (x, y))
+    start, end = (point(call(vae.encoder, v, c)) for v in (x, y))
     weights = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
     z_0 = torch.lerp(start, end, weights.reshape(-1, *[1] * start.ndim)).flatten(0, 1)
-    cs = [v.repeat(num_frames, *[1] * (v.ndim - 1)) for v in given(c)]
-    return point(vae.decoder(z_0, *cs)).unflatten(0, (num_frames, len(x)))
-
-
-def given(c: Tensor | None) -> tuple[Tensor, ...]:
-    r"""Returns the context as arguments: a network without one is called without it."""
-    return () if c is None else (c,)
+    c = None if c is None else c.repeat(num_frames, *[1] * (c.ndim - 1))
+    return point(call(vae.decoder, z_0, c)).unflatten(0, (num_frames, len(x)))
 
 
 @contextmanager
