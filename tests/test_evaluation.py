@@ -19,7 +19,7 @@ from pyro_vaediff.evaluate import (
     evaluate,
     kl_by_timestep,
     log_likelihood,
-    to_x_space,
+    preprocess,
 )
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.sampling import ddim, sample, trajectory
@@ -117,7 +117,7 @@ def test_images_go_through_the_pixel_space(device):
     with one_line_value_error("vae.space is None"):
         evaluate(vae, images)
     vae.space = make_likelihood("discretized-logistic", (3, 1, 1), 17).space(17)
-    x = to_x_space(vae, images)
+    x = preprocess(vae, images)
     torch.testing.assert_close(x, (images.double() / 8 - 1).to(device), atol=1e-6, rtol=0)
     terms = evaluate(vae, images, batch_size=3)
     assert terms == pytest.approx(evaluate(vae, x, batch_size=3), rel=1e-12)

@@ -18,8 +18,8 @@ from pyro_vaediff.evaluate import (
     importance_log_likelihood,
     importance_weighted_bound,
     log_likelihood,
+    preprocess,
     prior_log_prob,
-    to_x_space,
 )
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder
@@ -176,7 +176,7 @@ def test_images(device, images, make):
     # The first batch: dequantization, then latents.
     torch.manual_seed(1)
     vae.eval()
-    x = to_x_space(vae, images[:3])
+    x = preprocess(vae, images[:3])
     expected = importance_log_likelihood(vae, x, 4, **options)
     torch.testing.assert_close(estimate[:3], expected)
 

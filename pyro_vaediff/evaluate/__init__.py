@@ -1,6 +1,6 @@
 r"""The numbers of a model: bounds, likelihoods, ELBO surgery and Fréchet distances."""
 
-from .elbo import evaluate, evaluating, in_batches, kl_by_timestep, to_x_space, value_elbo
+from .elbo import evaluate, evaluating, in_batches, kl_by_timestep, preprocess, value_elbo
 from .features import EXTRACTORS, Extractor, load_extractor
 from .frechet import FeatureStatistics, frechet_distance
 from .likelihood import (
@@ -34,8 +34,8 @@ __all__ = [
     "kl_by_timestep",
     "load_extractor",
     "log_likelihood",
+    "preprocess",
     "prior_log_prob",
     "reference_statistics",
-    "to_x_space",
     "value_elbo",
 ]

@@ -24,7 +24,7 @@ __all__ = [
     "evaluating",
     "in_batches",
     "kl_by_timestep",
-    "to_x_space",
+    "preprocess",
     "value_elbo",
 ]
 
@@ -158,12 +158,12 @@ def in_batches(
         x, c = (*((batch,) if isinstance(batch, Tensor) else batch), None)[:2]
         if len(x) > 0:
             count += len(x)
-            yield to_x_space(vae, x), None if c is None else to(c, parameter)
+            yield preprocess(vae, x), None if c is None else to(c, parameter)
     if count == 0:
         raise ValueError("data must hold at least one datum")
 
 
-def to_x_space(vae: VAE, x: Tensor) -> Tensor:
+def preprocess(vae: VAE, x: Tensor) -> Tensor:
     r"""Returns a batch of data as the networks see them.
 
     Arguments:
