@@ -83,6 +83,7 @@ class ProbabilityFlow(dist.TorchDistribution):
             is evaluated, if the steps are too long for the trapezoidal rule to have one solution.
 
     Example:
+        >>> from pyro_vaediff import DiffusionPrior
         >>> flow = ProbabilityFlow(DiffusionPrior(2), num_steps=10)
         >>> flow.log_prob(torch.zeros(2)).detach()
         tensor(-1.8379)
