@@ -258,7 +258,7 @@ class Schedule(Tables):
         if is_index(t):
             table = self.original("log_snr")
             return at_time(table.to(t.device) if isinstance(t, Tensor) else table, t, 0)
-        return self(torch.as_tensor(t, device=self.betas.device).double())
+        return self(torch.as_tensor(t, dtype=torch.float64, device=self.betas.device))
 
     def position(self, log_snr: Tensor) -> Tensor:
         r"""Returns where on the grid a log-SNR is: the inverse of the table ``log_snr``.

@@ -201,10 +201,10 @@ def test_the_algebra_holds_between_any_two_times(schedule):
 def test_indices_and_the_times_of_the_grid_agree():
     schedule = CosineSchedule(10).double()
     t = torch.tensor([3, 9, 10])
-    for one, other in zip(schedule.signal(t), schedule.signal(t / 10), strict=True):
+    for one, other in zip(schedule.signal(t), schedule.signal(t.double() / 10), strict=True):
         exact(one, other)
     exact(schedule.beta(t), schedule.beta(t, t - 1))
-    exact(schedule.beta(t), schedule.beta(t / 10, (t - 1) / 10))
+    exact(schedule.beta(t), schedule.beta(t.double() / 10, (t - 1).double() / 10))
     exact(schedule.position(schedule.log_snr[1:]), torch.arange(1, 11).double(), atol=1e-8)
 
 
@@ -238,7 +238,7 @@ def test_a_prior_with_other_steps_has_the_same_denoiser(reverse_variance, precon
 
 def test_a_coarse_grid_is_a_program_with_its_own_bound(x):
     # The oracle knows the chain of the coarse schedule, and the network is told its times.
-    fine = LinearSchedule(8, 0.05, 0.3)
+    fine = LinearSchedule(8, 1e-3, 5e-3)
     coarse = linear_gaussian_vae(4)
     net = coarse.prior.denoiser.backbone.net
     schedule = fine.with_steps(4)
@@ -409,11 +409,11 @@ def test_betas_are_a_schedule():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_tables(dtype):
-    prior = DiffusionPrior(4, 1000).to(dtype)
-    q = dist.Normal(torch.zeros(64, 4), 1.0).to_event(1)
+    prior = DiffusionPrior(4, 1000, backbone=ResidualMLP(4, width=4)).to(dtype)
+    q = dist.Normal(torch.zeros(16, 4), 1.0).to_event(1)
 
     def program(run):
-        with pyro.plate("data", 64):
+        with pyro.plate("data", 16):
             run()
 
     with torch.no_grad():
@@ -422,13 +422,11 @@ def test_half_precision_keeps_the_tables(dtype):
             lambda: program(lambda: prior.guide(q)),
             elbo=Timestep_ELBO("all", conditioning="x"),
         )
-        with pyro.plate("samples", 4000):
+        with pyro.plate("samples", 1000):
             z = prior.model().float()
-    assert (
-        abs(sum(term.sum(0).mean() if term.ndim > 1 else term.mean() for term in terms.values()))
-        < 0.01
-    )
-    assert (z.std(0) - 1).abs().max() < 5 * 8000**-0.5
+    kl = sum(term.sum(0) if term.ndim > 1 else term for term in terms.values())
+    assert kl.mean().abs() < 0.01
+    assert (z.std(0) - 1).abs().max() < 5 * 2000**-0.5
 
 
 # --- Contexts -------------------------------------------------------------------------------------

@@ -1,40 +1,45 @@
-r"""Likelihoods :math:`p_\theta(x \mid z_0)`, eq. (15): from the decoder's maps to a distribution.
+r"""Likelihoods :math:`p_\theta(x | z_0)`, eq. (15): heads, and the pixel spaces they are over.
 
-A likelihood fixes three things together, because they only make sense together: which maps the
-decoder has to output, which distribution over images they parameterise, and in which space
-(`x`-space) those images live. `preprocess` takes 8-bit images there, `to_unit` takes them back.
+A head maps the outputs of a decoder to a distribution over images. A :class:`PixelSpace` says in
+which space (``x``-space) these images live: ``head.space(levels)`` is the usual one of a head.
 
 ========================  ==================  ===================================================
-likelihood                maps per channel    x-space, for pixel values u = 0 .. levels - 1
+head                      maps per channel    its space
 ========================  ==================  ===================================================
-Gaussian                  1 (2 if per pixel)  [-1, 1], 2 (u + U[0, 1)) / levels - 1 (a density)
-Bernoulli                 1                   {0, 1}, drawn with probability u / (levels - 1)
-discretized logistic      2                   grid on [-1, 1], 2 u / (levels - 1) - 1
-categorical               levels              grid on [-1, 1], 2 u / (levels - 1) - 1
+Gaussian                  1 (2 if per pixel)  :class:`Dequantized`
+Bernoulli                 1                   :class:`Binarized`
+discretized logistic      2                   :class:`PixelGrid`
+categorical               levels              :class:`PixelGrid`
 ========================  ==================  ===================================================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from .base import Likelihood, check_levels, check_range
+from .base import Likelihood
 from .discrete import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
 from .gaussian import GaussianLikelihood
+from .spaces import Binarized, Dequantized, PixelGrid, PixelSpace, check_levels, check_range
 
 __all__ = [
+    "LIKELIHOODS",
     "BernoulliLikelihood",
+    "Binarized",
     "CategoricalLikelihood",
+    "Dequantized",
     "DiscretizedLogisticLikelihood",
     "GaussianLikelihood",
     "Likelihood",
+    "PixelGrid",
+    "PixelSpace",
     "check_range",
     "make_likelihood",
 ]
 
-
-_LIKELIHOODS: dict[str, Callable[[tuple[int, int, int], int], Likelihood]] = {
+#: The likelihoods by name, from the image shape and the number of levels.
+LIKELIHOODS: dict[str, Callable[[Sequence[int], int], Likelihood]] = {
     "gaussian": lambda shape, levels: GaussianLikelihood(shape, "shared"),
     "gaussian-pixel": lambda shape, levels: GaussianLikelihood(shape, "pixel"),
     # The 2021 code's likelihood. "N(., 1/2)" is the variance: its floor of
@@ -47,8 +52,8 @@ _LIKELIHOODS: dict[str, Callable[[tuple[int, int, int], int], Likelihood]] = {
 }
 
 
-def make_likelihood(name: str, image_shape: tuple[int, int, int], levels: int = 256) -> Likelihood:
-    r"""Makes a likelihood by its name.
+def make_likelihood(name: str, image_shape: Sequence[int], levels: int = 256) -> Likelihood:
+    r"""Returns the likelihood of that name.
 
     Arguments:
         name: One of `"gaussian"` (learned shared sigma), `"gaussian-pixel"` (sigma per pixel and
@@ -67,7 +72,7 @@ def make_likelihood(name: str, image_shape: tuple[int, int, int], levels: int = 
         >>> make_likelihood("categorical", (1, 8, 8), levels=17)
         CategoricalLikelihood(image_shape=(1, 8, 8), num_maps=17)
     """
-    if name not in _LIKELIHOODS:
-        raise ValueError(f"name must be one of {', '.join(_LIKELIHOODS)}, got {name!r}")
+    if name not in LIKELIHOODS:
+        raise ValueError(f"name must be one of {', '.join(LIKELIHOODS)}, got {name!r}")
     check_levels(levels)
-    return _LIKELIHOODS[name](image_shape, levels)
+    return LIKELIHOODS[name](image_shape, levels)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..nn.scale import bounded_scale, upcast
 from .base import Likelihood
 from .distributions import IsotropicNormal
+from .spaces import Dequantized
 
 __all__ = ["GaussianLikelihood"]
 
 
 class GaussianLikelihood(Likelihood):
-    r"""A factorised Gaussian density of uniformly dequantised images in [-1, 1].
+    r"""A factorized Gaussian density of uniformly dequantized images in [-1, 1].
 
     .. math:: p_\theta(x \mid z_0) = \mathcal{N}(x \mid \mu_\theta(z_0), \sigma^2 I)
 
@@ -32,7 +33,6 @@ class GaussianLikelihood(Likelihood):
         | https://arxiv.org/abs/2006.13202
     """
 
-    discrete = False
     floor = 1e-3
     gain = 10.0
 
@@ -59,12 +59,5 @@ class GaussianLikelihood(Likelihood):
             sigma = bounded_scale(upcast(self.gain * self.raw_sigma), self.floor)
         return IsotropicNormal(params, sigma, event_dim=3)
 
-    def _preprocess(self, u: Tensor, levels: int) -> Tensor:
-        return 2 * (u + torch.rand_like(u)) / levels - 1
-
-    def to_unit(self, x: Tensor, levels: int = 256) -> Tensor:
-        # The centre of the bin of u is 2 (u + 1/2) / levels - 1.
-        return (((x + 1) * (levels / 2) - 0.5) / (levels - 1)).clamp(0, 1)
-
-    def log_bin_width(self, levels: int = 256) -> float:
-        return math.log(2 / levels)
+    def space(self, levels: int = 256) -> Dequantized:
+        return Dequantized(levels)
