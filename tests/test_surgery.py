@@ -158,6 +158,14 @@ def test_active_units(device):
     assert surgery.active_units == 2
 
 
+def test_variances_of_means_that_are_not_known(device):
+    # The variance of a mean of two samples, which is 1, is no activity.
+    loc = torch.tensor([0.0, 1.0]) * torch.tensor([[1.0], [-1.0]]).repeat(2000, 1)
+    vae = table_vae(device, loc, torch.ones_like(loc), GaussianPrior(2), NoMoments)
+    variances = elbo_surgery(vae, numbers(4000)).mean_variances
+    torch.testing.assert_close(variances, torch.tensor([0.0, 1.0]).double(), atol=0.15, rtol=0)
+
+
 def test_the_aggregate_is_a_mixture(device, monkeypatch):
     loc, scale = (x.double().to(device) for x in random_table(6, 3))
     z_0 = torch.randn(11, 3, dtype=torch.float64, device=device)

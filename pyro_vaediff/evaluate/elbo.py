@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import pyro
 import pyro.infer
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from ..arguments import check_seed, check_whole
 from ..infer import Timestep_ELBO, elbo_terms
 from ..infer.terms import differentiable_terms
 from ..likelihoods import check_range
-from ..sampling.samplers import isolated
 from ..vae import VAE
 
 __all__ = [
@@ -208,7 +208,7 @@ def in_eval_mode(vae: VAE) -> Iterator[None]:
     modes = {module: module.training for module in vae.modules()}
     vae.eval()
     try:
-        with isolated(vae):
+        with pyro.get_param_store().scope():
             yield
     finally:
         for module, training in modes.items():

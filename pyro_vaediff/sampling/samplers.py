@@ -3,15 +3,13 @@ r"""Samples of priors and of VAEs."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import check_whole
 from ..priors import DiffusionPrior, Prior
@@ -51,7 +49,8 @@ def sample(prior: Prior, num_samples: int, c: Tensor | None = None) -> Tensor:
         The latents, with shape :math:`(N, *\mathrm{event})`.
     """
     check_whole("num_samples", num_samples)
-    with isolated(prior), pyro.plate("samples", num_samples):
+    # In a parameter store of its own: sampling leaves nothing behind in the global one.
+    with pyro.get_param_store().scope(), pyro.plate("samples", num_samples):
         return prior.model(c)
 
 
@@ -74,7 +73,7 @@ def trajectory(
     check_diffusion(prior)
     check_whole("num_samples", num_samples)
     check_whole("num_frames", num_frames, least=2)
-    with isolated(prior), pyro.plate("samples", num_samples):
+    with pyro.get_param_store().scope(), pyro.plate("samples", num_samples):
         trace = poutine.trace(prior.model).get_trace(c)
     T = prior.num_timesteps
     times = torch.linspace(T, 0, min(num_frames, T + 1)).round().long()
@@ -170,23 +169,6 @@ def interpolate(
     z_0 = torch.lerp(start, end, weights.reshape(-1, *[1] * start.ndim)).flatten(0, 1)
     c = None if c is None else c.repeat(num_frames, *[1] * (c.ndim - 1))
     return point(call(vae.decoder, z_0, c)).unflatten(0, (num_frames, len(x)))
-
-
-@contextmanager
-def isolated(module: nn.Module) -> Iterator[None]:
-    r"""Runs programs in a parameter store of their own, and leaves nothing behind.
-
-    Arguments:
-        module: The module that the programs register.
-    """
-    try:
-        with pyro.get_param_store().scope():
-            yield
-    finally:
-        # The store hangs a weak reference on every parameter, which then cannot be pickled. It
-        # does so anew whenever it returns one.
-        for parameter in module.parameters():
-            vars(parameter).pop("unconstrained", None)
 
 
 def check_diffusion(prior: Prior) -> DiffusionPrior:
