@@ -209,7 +209,7 @@ class Schedule(Tables):
         """
         if not isinstance(steps, Tensor):
             check_whole("steps", steps)
-            steps = torch.linspace(0, 1, steps + 1)
+            steps = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         times = steps.detach().cpu().double()
         if times.ndim != 1 or len(times) < 2 or times[0] != 0 or times[-1] != 1:
             raise ValueError(f"steps must be a number or times from 0 to 1, got {steps!r:.80}")
