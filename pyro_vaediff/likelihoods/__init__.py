@@ -1,11 +1,11 @@
-r"""Likelihoods :math:`p_\theta(x \mid z_0)`, eq. (15): from the decoder's maps to a distribution.
+r"""Likelihoods :math:`p_\theta(x \mid z_0)`, eq. (15), and the pixel spaces of their images.
 
-A likelihood fixes three things together, because they only make sense together: which maps the
-decoder has to output, which distribution over images they parameterise, and in which space
-(`x`-space) those images live. `preprocess` takes 8-bit images there, `to_unit` takes them back.
+A likelihood, or *head*, says which maps the decoder has to output, and which distribution over
+images they parameterize. A *pixel space* says where 8-bit images live as :math:`x`: ``preprocess``
+takes them there, ``to_unit`` takes them back. ``head.space(levels)`` is the usual one.
 
 ========================  ==================  ===================================================
-likelihood                maps per channel    x-space, for pixel values u = 0 .. levels - 1
+likelihood                maps per channel    its pixel space, for values u = 0 .. levels - 1
 ========================  ==================  ===================================================
 Gaussian                  1 (2 if per pixel)  [-1, 1], 2 (u + U[0, 1)) / levels - 1 (a density)
 Bernoulli                 1                   {0, 1}, drawn with probability u / (levels - 1)
@@ -17,24 +17,36 @@ categorical               levels              grid on [-1, 1], 2 u / (levels - 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from .base import Likelihood, check_levels, check_range
+from .base import Likelihood
 from .discrete import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
 from .gaussian import GaussianLikelihood
+from .spaces import (
+    BinarizedSpace,
+    DequantizedSpace,
+    GridSpace,
+    PixelSpace,
+    check_levels,
+    check_range,
+)
 
 __all__ = [
+    "LIKELIHOODS",
     "BernoulliLikelihood",
+    "BinarizedSpace",
     "CategoricalLikelihood",
+    "DequantizedSpace",
     "DiscretizedLogisticLikelihood",
     "GaussianLikelihood",
+    "GridSpace",
     "Likelihood",
+    "PixelSpace",
     "check_range",
     "make_likelihood",
 ]
 
-
-_LIKELIHOODS: dict[str, Callable[[tuple[int, int, int], int], Likelihood]] = {
+LIKELIHOODS: dict[str, Callable[[Sequence[int], int], Likelihood]] = {
     "gaussian": lambda shape, levels: GaussianLikelihood(shape, "shared"),
     "gaussian-pixel": lambda shape, levels: GaussianLikelihood(shape, "pixel"),
     # The 2021 code's likelihood. "N(., 1/2)" is the variance: its floor of
@@ -47,18 +59,15 @@ _LIKELIHOODS: dict[str, Callable[[tuple[int, int, int], int], Likelihood]] = {
 }
 
 
-def make_likelihood(name: str, image_shape: tuple[int, int, int], levels: int = 256) -> Likelihood:
-    r"""Makes a likelihood by its name.
+def make_likelihood(name: str, image_shape: Sequence[int], levels: int = 256) -> Likelihood:
+    r"""Returns the likelihood of that name.
 
     Arguments:
-        name: One of `"gaussian"` (learned shared sigma), `"gaussian-pixel"` (sigma per pixel and
-            channel), `"gaussian-fixed"` (variance 1/2, which cannot go below 7.83 bits/dim at 256
-            levels), `"bernoulli"`, `"discretized-logistic"` and `"categorical"`.
+        name: One of ``"gaussian"`` (learned shared sigma), ``"gaussian-pixel"`` (sigma per pixel
+            and channel), ``"gaussian-fixed"`` (variance 1/2, which cannot go below 7.83 bits/dim at
+            256 levels), ``"bernoulli"``, ``"discretized-logistic"`` and ``"categorical"``.
         image_shape: The shape :math:`(C, H, W)` of one image.
         levels: The number of levels that a pixel can take, at most 256.
-
-    Returns:
-        The likelihood.
 
     Raises:
         ValueError: If the name is unknown.
@@ -67,7 +76,7 @@ def make_likelihood(name: str, image_shape: tuple[int, int, int], levels: int = 
         >>> make_likelihood("categorical", (1, 8, 8), levels=17)
         CategoricalLikelihood(image_shape=(1, 8, 8), num_maps=17)
     """
-    if name not in _LIKELIHOODS:
-        raise ValueError(f"name must be one of {', '.join(_LIKELIHOODS)}, got {name!r}")
+    if name not in LIKELIHOODS:
+        raise ValueError(f"name must be one of {', '.join(LIKELIHOODS)}, got {name!r}")
     check_levels(levels)
-    return _LIKELIHOODS[name](image_shape, levels)
+    return LIKELIHOODS[name](image_shape, levels)

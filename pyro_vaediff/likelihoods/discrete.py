@@ -2,60 +2,53 @@ r"""Likelihoods of images with a finite number of levels: their values are proba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
-import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ..nn.scale import bounded_scale
-from .base import Likelihood, check_levels
-from .distributions import DiscretizedLogistic, GridCategorical, to_grid
+from .base import Likelihood
+from .distributions import DiscretizedLogistic, GridCategorical
+from .spaces import BinarizedSpace, GridSpace, PixelSpace, check_levels
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogisticLikelihood"]
 
 
 class BernoulliLikelihood(Likelihood):
-    r"""Independent Bernoulli variables for stochastically binarised images in {0, 1}.
+    r"""Independent Bernoulli variables for stochastically binarized images in {0, 1}.
 
     Arguments:
         image_shape: The shape :math:`(C, H, W)` of one image.
     """
 
-    discrete = True
+    space_type = BinarizedSpace
 
-    def __init__(self, image_shape: tuple[int, int, int]):
+    def __init__(self, image_shape: Sequence[int]):
         super().__init__(image_shape, maps_per_channel=1)
 
     def _distribution(self, params: Tensor) -> TorchDistribution:
         return dist.Bernoulli(logits=params)
 
-    def _preprocess(self, u: Tensor, levels: int) -> Tensor:
-        return (torch.rand_like(u) < u / (levels - 1)).to(u.dtype)
 
-    def to_unit(self, x: Tensor, levels: int = 256) -> Tensor:
-        return x.clamp(0, 1)
+class GridLikelihood(Likelihood):
+    r"""What the likelihoods on the grid of pixel values share: the number of levels."""
 
+    space_type = GridSpace
 
-class _GridLikelihood(Likelihood):
-    r"""What the likelihoods on the grid of pixel values share: their x-space."""
-
-    discrete = True
-
-    def __init__(self, image_shape: tuple[int, int, int], maps_per_channel: int, levels: int):
+    def __init__(self, image_shape: Sequence[int], maps_per_channel: int, levels: int):
         super().__init__(image_shape, maps_per_channel)
         check_levels(levels)
         self.levels = levels
 
-    def _preprocess(self, u: Tensor, levels: int) -> Tensor:
+    def space(self, levels: int = 256) -> PixelSpace:
         if levels != self.levels:
             raise ValueError(f"levels={levels}, but the likelihood was made for {self.levels}")
-        return to_grid(u, levels)
-
-    def to_unit(self, x: Tensor, levels: int = 256) -> Tensor:
-        return ((x + 1) / 2).clamp(0, 1)
+        return GridSpace(levels)
 
 
-class DiscretizedLogisticLikelihood(_GridLikelihood):
+class DiscretizedLogisticLikelihood(GridLikelihood):
     r"""A discretized logistic per pixel and channel; the decoder outputs location and scale.
 
     Arguments:
@@ -63,7 +56,7 @@ class DiscretizedLogisticLikelihood(_GridLikelihood):
         levels: The number of levels that a pixel can take, at most 256.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], levels: int = 256):
+    def __init__(self, image_shape: Sequence[int], levels: int = 256):
         super().__init__(image_shape, maps_per_channel=2, levels=levels)
         # With a scale of a tenth of half a bin, a bin holds up to 0.9999 of the mass. Below it
         # the likelihood has nothing to gain, and the gradients grow without bound.
@@ -74,7 +67,7 @@ class DiscretizedLogisticLikelihood(_GridLikelihood):
         return DiscretizedLogistic(loc, bounded_scale(raw, self.floor), self.levels)
 
 
-class CategoricalLikelihood(_GridLikelihood):
+class CategoricalLikelihood(GridLikelihood):
     r"""A categorical per pixel and channel; the decoder outputs one map per channel and level.
 
     Arguments:
@@ -82,7 +75,7 @@ class CategoricalLikelihood(_GridLikelihood):
         levels: The number of levels that a pixel can take, at most 256.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], levels: int = 256):
+    def __init__(self, image_shape: Sequence[int], levels: int = 256):
         super().__init__(image_shape, maps_per_channel=levels, levels=levels)
 
     def _distribution(self, params: Tensor) -> TorchDistribution:

@@ -3,6 +3,7 @@ r"""The likelihood of images as points of a continuous space."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -12,18 +13,19 @@ from torch import Tensor, nn
 from ..nn.scale import bounded_scale, upcast
 from .base import Likelihood
 from .distributions import IsotropicNormal
+from .spaces import DequantizedSpace
 
 __all__ = ["GaussianLikelihood"]
 
 
 class GaussianLikelihood(Likelihood):
-    r"""A factorised Gaussian density of uniformly dequantised images in [-1, 1].
+    r"""A factorized Gaussian density of uniformly dequantized images in [-1, 1].
 
     .. math:: p_\theta(x \mid z_0) = \mathcal{N}(x \mid \mu_\theta(z_0), \sigma^2 I)
 
     Arguments:
         image_shape: The shape :math:`(C, H, W)` of one image.
-        sigma: `"shared"` for one learned number, `"pixel"` for a map predicted by the decoder per
+        sigma: ``"shared"`` for one learned number, ``"pixel"`` for a map predicted by the decoder per
             pixel and channel, or a positive number for a fixed standard deviation, in x-space.
             Learned ones are bounded below by 1e-3.
 
@@ -32,11 +34,11 @@ class GaussianLikelihood(Likelihood):
         | https://arxiv.org/abs/2006.13202
     """
 
-    discrete = False
+    space_type = DequantizedSpace
     floor = 1e-3
     gain = 10.0
 
-    def __init__(self, image_shape: tuple[int, int, int], sigma: str | float = "shared"):
+    def __init__(self, image_shape: Sequence[int], sigma: str | float = "shared"):
         super().__init__(image_shape, maps_per_channel=2 if sigma == "pixel" else 1)
         fixed = isinstance(sigma, int | float) and 0 < sigma < math.inf
         if not fixed and sigma not in ("shared", "pixel"):
@@ -58,13 +60,3 @@ class GaussianLikelihood(Likelihood):
         else:
             sigma = bounded_scale(upcast(self.gain * self.raw_sigma), self.floor)
         return IsotropicNormal(params, sigma, event_dim=3)
-
-    def _preprocess(self, u: Tensor, levels: int) -> Tensor:
-        return 2 * (u + torch.rand_like(u)) / levels - 1
-
-    def to_unit(self, x: Tensor, levels: int = 256) -> Tensor:
-        # The centre of the bin of u is 2 (u + 1/2) / levels - 1.
-        return (((x + 1) * (levels / 2) - 0.5) / (levels - 1)).clamp(0, 1)
-
-    def log_bin_width(self, levels: int = 256) -> float:
-        return math.log(2 / levels)
