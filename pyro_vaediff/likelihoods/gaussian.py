@@ -25,8 +25,8 @@ class GaussianLikelihood(Likelihood):
 
     Arguments:
         image_shape: The shape :math:`(C, H, W)` of one image.
-        sigma: ``"shared"`` for one learned number, ``"pixel"`` for a map predicted by the decoder per
-            pixel and channel, or a positive number for a fixed standard deviation, in x-space.
+        sigma: ``"shared"`` for one learned number, ``"pixel"`` for a map predicted by the decoder
+            per pixel and channel, or a positive number for a fixed standard deviation, in x-space.
             Learned ones are bounded below by 1e-3.
 
     References:
