@@ -1,4 +1,4 @@
-r"""Convolutional encoders and decoders in the manner of DCGAN, for images of 8 to 256 pixels a side.
+r"""Convolutional encoders and decoders in the manner of DCGAN, for images of 8 to 256 pixels.
 
 The encoder halves the image with strided convolutions down to 3 to 6 pixels along its shorter side
 and reads the posterior off these features with a linear layer; the decoder is its mirror image. An
