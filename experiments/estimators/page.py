@@ -6,13 +6,17 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..files import write_atomically, write_csv
-from ..plotting import plot_convergence, plot_gradient_noise, plot_pareto
+from pyro_vaediff.bench import Reference
+from pyro_vaediff.files import write_atomically, write_csv
+
 from .entries import BASELINE, ENTRIES
-from .harness import Record, Reference
+from .plots import plot_convergence, plot_gradient_noise, plot_pareto
+
+Record = dict[str, Any]
 
 __all__ = ["markdown_table", "write_page", "write_pictures"]
 
@@ -82,7 +86,7 @@ def write_pictures(
     Arguments:
         out: The folder.
         records: The records of one moment of training, with costs and merits.
-        errors: See :func:`~pyro_vaediff.plotting.plot_convergence`.
+        errors: See :func:`plot_convergence`.
         floor: The standard error of the reference, in nats per datum.
         by_timestep: A row per timestep, with the column ``"t"``, those of the gradient noise, and
             those of proposals, whose names begin with ``"r "``; or nothing.
