@@ -6,10 +6,9 @@ options of the networks: the likelihood ``"gaussian-fixed"`` and the encoder's `
 
 A training objective of diffusion priors combines several of them,
 
-    >>> class Objective(UnweightedKL, WithoutFirstStep, PriorTermGivenX):
-    ...     pass
+    >>> objective = Reweighted(PriorTermGivenX(), all_of(unweighted, without_first_step))
 
-with the timesteps ``NeverLast(Uniform())`` and the prior :class:`ShiftedLabels`.
+with the timesteps ``NeverLast(UniformTimesteps())`` and the prior :class:`ShiftedLabels`.
 
 References:
     | Diffusion Priors in Variational Autoencoders (Wehenkel & Louppe, 2021)
@@ -19,66 +18,91 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import Normal
 
-from ..diffusion import at_time, base_normal, normal, q_marginal
-from ..priors import DiffusionPrior
-from ..schedules import Schedule
-from .proposals import Proposal
-from .timestep_elbo import Timestep_ELBO
-from .trace_kl_elbo import TraceKL_ELBO
-from .weightings import Weighting
+from pyro_vaediff.diffusion import base_normal, kl_normal, normal, q_marginal
+from pyro_vaediff.infer import Proposal, Reweighted, Term, Timestep_ELBO
+from pyro_vaediff.infer.reweighted import fixed_variance
+from pyro_vaediff.infer.trace_kl_elbo import closed_form_kl
+from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.schedules import at_time
 
 __all__ = [
-    "LogVarianceAsLogScale",
     "NeverLast",
     "PriorTermGivenX",
+    "Reweighted",
     "ShiftedLabels",
-    "UnweightedKL",
-    "WithoutFirstStep",
+    "all_of",
     "constant_errors",
+    "log_variance_as_log_scale",
+    "unweighted",
+    "without_first_step",
 ]
 
-
-class Unweighted(Weighting):
-    r"""All timesteps at the common scale :math:`c = 1 / \sqrt 2`, where :math:`2 c^2 = 1`."""
-
-    def common_scales(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
-        return torch.full_like(prior.kernel.sigmas, math.sqrt(0.5))
+Reweighting = Callable[[Term], Tensor | None]
 
 
-class UnweightedKL(Timestep_ELBO):
-    r"""The reverse KLs without their weights.
+def all_of(*reweightings: Reweighting) -> Reweighting:
+    r"""Returns a reweighting that applies the given ones in turn."""
+
+    def combined(term: Term) -> Tensor | None:
+        for reweighting in reweightings:
+            value = reweighting(term)
+            if value is None:
+                return None
+            term = term._replace(value=value)
+        return term.value
+
+    return combined
+
+
+def unweighted(term: Term) -> Tensor | None:
+    r"""Returns the reverse KLs without their weights.
 
     .. math:: \sum_{t=2}^T \|\tilde\mu_t - \mu_\phi\|^2 \quad \text{in place of} \quad
         \sum_{t=2}^T \frac{\|\tilde\mu_t - \mu_\phi\|^2}{2 \sigma_t^2}
 
     and nothing for the part of the KLs that is due to the variances.
-
-    Arguments:
-        args: The arguments of :class:`~pyro_vaediff.infer.Timestep_ELBO`.
-        kwargs: The keyword arguments of that class, without a weighting.
     """
+    if term.role == "constant":
+        return None
+    if term.role not in ("steps", "first"):
+        return term.value
+    prior, t = fixed_variance(term)
+    if term.role == "first":
+        return term.value
+    return 2 * at_time(prior.denoiser.kernel.sigmas, t, 0).square() * term.value
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.weighting = self.collapse.weighting = Unweighted(
-            "unweighted", "", first=2, average=False, keep_z_T=True, keep_z_0=True
-        )
+
+def without_first_step(term: Term) -> Tensor | None:
+    r"""Returns the terms of a diffusion prior but :math:`-\log p(z_0 | z_1)`."""
+    return None if term.role == "first" else term.value
 
 
-class WithoutFirstStep(Timestep_ELBO):
-    r"""The ELBO of a diffusion prior without :math:`-\log p(z_0 | z_1)`."""
+def log_variance_as_log_scale(term: Term) -> Tensor:
+    r"""Returns the terms of the Gaussian baseline, whose encoder head :math:`h` is read in two ways.
 
-    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        for name, term in super().site_terms(model_trace, guide_trace):
-            if name != "z_0":
-                yield name, term
+    The latents are drawn with the standard deviations :math:`s = e^h`, and their KL divergence is
+    that of the variances :math:`e^h`: of :math:`\mathcal{N}(m, s)` in place of
+    :math:`\mathcal{N}(m, s^2)`. For the prior :math:`\mathcal{N}(0, I)`, and with :math:`s < 1`, it
+    is the smaller one,
+
+    .. math:: \frac{1}{2} \sum_{d=1}^D \left( m_d^2 + s_d - 1 - \log s_d \right) .
+    """
+    if term.role != "latent":
+        return term.value
+    fn, site = term.site["fn"], term.site
+    q = base_normal(fn)
+    read = Normal(q.loc, q.scale.sqrt())
+    kl = kl_normal(read, Normal(torch.zeros_like(q.loc), torch.ones_like(q.scale)))
+    return scale_and_mask(sum_rightmost(kl, len(fn.event_shape)), site["scale"], site["mask"])
 
 
 class PriorTermGivenX(Timestep_ELBO):
@@ -92,38 +116,18 @@ class PriorTermGivenX(Timestep_ELBO):
         \bar\alpha_T} s_d^2 \right),
 
     for an encoder with the standard deviations :math:`s_d`.
-
-    Arguments:
-        schedule: The variance schedule of the prior.
-        args: The arguments of :class:`~pyro_vaediff.infer.Timestep_ELBO`.
-        kwargs: The keyword arguments of that class.
     """
 
-    def __init__(self, schedule: Schedule, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.schedule = schedule
-
-    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        T, q_z0 = self.schedule.num_timesteps, guide_trace.nodes["z_0"]["fn"]
-        guide_trace.nodes[f"z_{T}"]["fn"] = q_marginal(self.schedule, q_z0, T)
-        yield from super().site_terms(model_trace, guide_trace)
-
-
-class LogVarianceAsLogScale(TraceKL_ELBO):
-    r"""The ELBO of the Gaussian baseline, whose encoder head :math:`h` is read in two ways.
-
-    The latents are drawn with the standard deviations :math:`s = e^h`, and their KL divergence is
-    that of the variances :math:`e^h`: of :math:`\mathcal{N}(m, s)` in place of
-    :math:`\mathcal{N}(m, s^2)`. For the prior :math:`\mathcal{N}(0, I)`, and with :math:`s < 1`, it
-    is the smaller one,
-
-    .. math:: \frac{1}{2} \sum_{d=1}^D \left( m_d^2 + s_d - 1 - \log s_d \right) .
-    """
-
-    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        q = base_normal(guide_trace.nodes["z_0"]["fn"])
-        guide_trace.nodes["z_0"]["fn"] = dist.Normal(q.loc, q.scale.sqrt()).to_event(1)
-        yield from super().site_terms(model_trace, guide_trace)
+    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[Term]:
+        for term in super().site_terms(model_trace, guide_trace):
+            if term.role == "last":
+                start = guide_trace.nodes["z_0"]
+                prior, T = start["infer"]["prior"], int(term.name.removeprefix("z_"))
+                q_T = q_marginal(prior.schedule, start["fn"], T, prior.event_dim)
+                kl = closed_form_kl(q_T, model_trace.nodes[term.name]["fn"])
+                value = scale_and_mask(kl, term.site["scale"], term.site["mask"])
+                term = term._replace(value=value)
+            yield term
 
 
 class NeverLast(Proposal):
@@ -137,8 +141,8 @@ class NeverLast(Proposal):
         super().__init__()
         self.proposal = proposal
 
-    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
-        probs = self.proposal(prior, conditioning, first)
+    def forward(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
+        probs = self.proposal(prior, conditioning)
         probs = torch.cat([probs[:-1], torch.zeros_like(probs[-1:])])
         return probs / probs.sum()
 
@@ -154,19 +158,12 @@ class ShiftedLabels(DiffusionPrior):
     """
 
     def __init__(self, prior: DiffusionPrior):
-        super().__init__(
-            prior.latent_dim,
-            prior.num_timesteps,
-            prior.schedule,
-            prior.denoiser,
-            prior.parameterization,
-            prior.reverse_variance,
-            prior.order,
-        )
+        super().__init__(prior.event_shape, denoiser=prior.denoiser, order=prior.order)
 
-    def reverse(self, z: Tensor, t: int | Tensor) -> dist.Independent:
+    def reverse(self, z: Tensor, t: int | Tensor, c: Tensor | None = None) -> dist.Independent:
         label = max(t - 1, 1) if isinstance(t, int) else (t - 1).clamp(min=1)
-        return normal(super().reverse(z, label).mean, at_time(self.kernel.sigmas, t))
+        sigma = at_time(self.denoiser.kernel.sigmas, t, self.event_dim)
+        return normal(super().reverse(z, label, c).mean, sigma, self.event_dim)
 
 
 def constant_errors(latent_dim: int, num_pixels: int) -> dict[str, float]:
