@@ -141,7 +141,9 @@ def page(results: Results, args: argparse.Namespace) -> str:
         numbers = [results.of(name, "negative_elbo"), results.costs(name), results.misreports(name)]
         numbers += [results.of(name, "latent_rms"), results.of(name, "posterior_sd")]
         if numbers[0]:
-            rows.append([title(name) if run.reference else f"**{title(name)}**", *map(str, numbers)])
+            rows.append(
+                [title(name) if run.reference else f"**{title(name)}**", *map(str, numbers)]
+            )
     lines += [*table(header, rows), "", "The reports, term by term:", ""]
     rows = []
     for name in [*RUNS, "constants"]:

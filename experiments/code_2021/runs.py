@@ -110,9 +110,7 @@ RUNS = {
         weights=unweighted,
         timesteps=UniformTimesteps,  # without their weights, the terms are of about the same size
     ),
-    "first-step": Run(
-        "(2) without −log p(z_0 given z_1)", "diffusion", weights=without_first_step
-    ),
+    "first-step": Run("(2) without −log p(z_0 given z_1)", "diffusion", weights=without_first_step),
     "prior-term": Run("(4) KL at t = T given x", "diffusion", bound=PriorTermGivenX),
     "likelihood": Run("(5) likelihood N(·, 1/2)", "diffusion", fixed_likelihood=True),
     "never-last": Run("(6) t = T never trained", "diffusion", never_last=True),
@@ -227,7 +225,9 @@ def misreports(
         if other != "batch-norm":
             reports[other] = excess(run, model)
     if name == "batch-norm":
-        reports[name] = excess(RUNS[name], VAE(TrainMode(vae.encoder), vae.decoder, vae.prior, vae.space))
+        reports[name] = excess(
+            RUNS[name], VAE(TrainMode(vae.encoder), vae.decoder, vae.prior, vae.space)
+        )
     if name == "diffusion":
         reports["constants"] = constant_errors(args.latent_dim, math.prod(data.image_shape))
     return reports
