@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import parse_device
-from pyro_vaediff.evaluate.log_likelihood import log_likelihood
+from common import exit_on_error, parse_device
 
-from pyro_vaediff.arguments import check_seed, exit_on_error
+from pyro_vaediff.arguments import check_seed
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.evaluate import bits_per_dim
 from pyro_vaediff.evaluate.elbo import evaluate
