@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyro
+import pyro.infer
 import torch
 from by_hand import ByHand, check_equal
 from common import exit_on_error, parse_device, provenance
@@ -50,7 +50,7 @@ from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.optim import TorchOptim, per_datum
 from pyro_vaediff.vae import VAE
 
 CONFIGS = {
@@ -72,7 +72,7 @@ BATCH_SIZE, K, LR, CLIP_NORM = 100, 8, 5e-4, 100.0
 
 def svi_step(vae: VAE) -> Callable[[Tensor], object]:
     optim = TorchOptim(torch.optim.Adam(vae.parameters(), lr=LR), CLIP_NORM)
-    svi = SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=Timestep_ELBO(k=K))
+    svi = pyro.infer.SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=Timestep_ELBO(k=K))
     return svi.step
 
 

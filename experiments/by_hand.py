@@ -147,7 +147,7 @@ def check_equal(vae: VAE, x: Tensor, k: int = 8) -> None:
         if not error.abs() < 1e-10:
             raise RuntimeError(f"SVI and the loop by hand differ in the {name}, by {error:.1e}")
 
-    proposal = Timesteps(by_hand.probs, low_discrepancy=True).expand((k // 2, len(x)))
+    proposal = Timesteps(by_hand.probs, 2, low_discrepancy=True).expand((k // 2, len(x)))
     torch.manual_seed(0)
     timesteps = proposal.sample().repeat(2, 1)
     torch.manual_seed(0)
