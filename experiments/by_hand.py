@@ -13,12 +13,13 @@ import math
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vaediff.arguments import check_whole
-from pyro_vaediff.infer import Importance, Timestep_ELBO, Timesteps
-from pyro_vaediff.nn import bounded_scale
-from pyro_vaediff.train.optim import per_datum
+from pyro_vaediff.denoise import Beta
+from pyro_vaediff.diffusion import base_normal
+from pyro_vaediff.infer import ImportanceTimesteps, Timestep_ELBO, Timesteps
 from pyro_vaediff.vae import VAE
 
 
@@ -30,15 +31,16 @@ class ByHand:
     """
 
     def __init__(self, vae: VAE, k: int = 8):
-        if getattr(vae.prior, "reverse_variance", None) != "beta" or vae.prior.num_timesteps < 2:
+        variance = getattr(getattr(vae.prior, "denoiser", None), "variance", None)
+        if not isinstance(variance, Beta) or vae.prior.num_timesteps < 2:
             raise ValueError(
                 "vae must have a diffusion prior with reverse_variance='beta' and num_timesteps >= "
                 f"2, got {type(vae.prior).__name__}"
             )
-        if not hasattr(vae.decoder.likelihood, "raw_sigma"):
+        if not any(name.endswith("raw_sigma") for name, _ in vae.decoder.named_parameters()):
             raise ValueError(
-                "vae must have a Gaussian likelihood with a shared sigma, got "
-                f"{vae.decoder.likelihood}"
+                "vae must have a Gaussian likelihood with a shared sigma, got a "
+                f"{type(vae.decoder).__name__} without"
             )
         check_whole("k", k, least=2, why=" and even")
         if k % 2:
@@ -61,9 +63,10 @@ class ByHand:
         self.b = column(previous.sqrt() * beta / one_minus)
         self.gain = column(beta / ((1 - beta) * one_minus).sqrt())
 
+        self.log_snr = prior.schedule.original("log_snr").to(like)
         ratio = ((1 - previous) / one_minus)[2:]
         self.constant = prior.latent_dim * ((ratio - 1 - ratio.log()) / 2).sum().item()
-        self.probs = Importance()(prior, "z_0", 2)
+        self.probs = ImportanceTimesteps()(prior, "z_0")
         cdf = self.probs.double().cumsum(0)
         self.cdf = cdf / cdf[-1]
 
@@ -82,14 +85,15 @@ class ByHand:
         return eps_0, eps_1, torch.cat([eps_t, -eps_t]), self.draw_timesteps(len(x))
 
     def reverse_mean(self, z: Tensor, t: int | Tensor) -> Tensor:
-        return self.root_alpha[t] * z - self.gain[t] * self.vae.prior.denoiser(z, t)
+        backbone = self.vae.prior.denoiser.backbone
+        return self.root_alpha[t] * z - self.gain[t] * backbone(z, self.log_snr[t])
 
     def loss(self, x: Tensor, eps_0: Tensor, eps_1: Tensor, eps_t: Tensor, t: Tensor) -> Tensor:
         encoder, decoder = self.vae.encoder, self.vae.decoder
         T, log_2pi = self.vae.prior.num_timesteps, math.log(2 * math.pi)
 
-        loc, raw = encoder.head(encoder.features(x)).chunk(2, dim=-1)
-        scale = bounded_scale(raw, encoder.min_scale, encoder.max_scale)
+        q = base_normal(encoder(x))
+        loc, scale = q.loc, q.scale
         z_0 = loc + scale * eps_0
         error = (z_0 - loc.detach()) / scale.detach()  # the path derivative of log q(z_0 | x)
         log_q = -(error.square() / 2 + scale.detach().log() + log_2pi / 2).sum()
@@ -106,9 +110,9 @@ class ByHand:
         error = (z_0 - self.reverse_mean(z_1, 1)) / self.sigma[1]
         first = (error.square() / 2 + self.sigma[1].log() + log_2pi / 2).sum()
 
-        likelihood = decoder.likelihood
-        sigma = bounded_scale(likelihood.gain * likelihood.raw_sigma, likelihood.floor)
-        error = (x - decoder.maps(z_0)) / sigma
+        p = base_normal(decoder(z_0))
+        sigma = p.scale.flatten()[0]  # that of all pixels
+        error = (x - p.loc) / sigma
         reconstruction = error.square().sum() / 2 + x.numel() * (sigma.log() + log_2pi / 2)
 
         terms = reconstruction + log_q + kl_T + kls + first
@@ -119,13 +123,14 @@ def check_equal(vae: VAE, x: Tensor, k: int = 8) -> None:
     r"""Raises unless both losses, and all their gradients, are the same for the same noise."""
     vae, x = copy.deepcopy(vae).double(), x.double()
     # A denoiser that starts at zero would hide the gradients of its other layers.
-    nn.init.normal_(vae.prior.denoiser.outputs.weight, std=0.1)
+    nn.init.normal_(vae.prior.denoiser.backbone.outputs.weight, std=0.1)
     by_hand, parameters = ByHand(vae, k), list(vae.parameters())
     elbo = Timestep_ELBO(k=k)
 
     with pyro.get_param_store().scope():
-        ((model, guide),) = elbo._get_traces(per_datum(vae.model), per_datum(vae.guide), (x,), {})
-        svi_loss = sum(term.sum() for _, term in elbo.site_terms(model, guide))
+        programs = [poutine.scale(p, scale=1 / len(x)) for p in (vae.model, vae.guide)]
+        ((model, guide),) = elbo._get_traces(*programs, (x,), {})
+        svi_loss = sum(term.value.sum() for term in elbo.site_terms(model, guide))
     sites = [guide.nodes[name] for name in ("z_0", "z_1", "z_t")]
     noise = [((s["value"] - s["fn"].mean) / s["fn"].stddev).detach() for s in sites]
     loss = by_hand.loss(x, *noise, guide.nodes["t"]["value"])
