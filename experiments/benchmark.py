@@ -168,7 +168,7 @@ def markdown(records: list[dict[str, Any]], caption: str) -> str:
         ]
         for r in records
     ]
-    return "\n".join([caption, "", *table([h.replace("_", " ") for h in header], rows)]) + "\n"
+    return "\n".join([caption, "", *table(header, rows)]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,13 +25,10 @@ from typing import Any
 
 import torch
 from benchmark import parse_device
-from pyro_vaediff.evaluate.log_likelihood import log_likelihood
 
 from pyro_vaediff.arguments import check_seed, exit_on_error
 from pyro_vaediff.data import ImageData
-from pyro_vaediff.evaluate import bits_per_dim
-from pyro_vaediff.evaluate.elbo import evaluate
-from pyro_vaediff.evaluate.surgery import Surgery, elbo_surgery
+from pyro_vaediff.evaluate import Surgery, bits_per_dim, elbo_surgery, evaluate, log_likelihood
 from pyro_vaediff.files import read_json, write_json
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.train import load_data, load_vae

@@ -221,9 +221,7 @@ def misreports(
             reports[other] = excess(run, model)
     if name == "batch-norm":
         in_train_mode = VAE(TrainMode(vae.encoder), vae.decoder, vae.prior, vae.space)
-        reports[name] = excess(
-            RUNS[name], VAE(TrainMode(vae.encoder), vae.decoder, vae.prior, vae.space)
-        )
+        reports[name] = excess(RUNS[name], in_train_mode)
     if name == "diffusion":
         reports["constants"] = constant_errors(args.latent_dim, math.prod(data.image_shape))
     return reports
