@@ -55,9 +55,7 @@ from pyro_vaediff.data import DATASETS, ImageData, load
 from pyro_vaediff.evaluate import evaluate, preprocess, value_elbo
 from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.train.build import make_vae
-from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.runs import load_data, load_vae
+from pyro_vaediff.train import ModelConfig, load_data, load_vae, make_vae
 from pyro_vaediff.vae import VAE
 
 Curve = list[dict[str, float]]
@@ -88,12 +86,21 @@ def train(
     total = max(args.points, round(1e3 * args.seconds / milliseconds))
     vae.prior.order, test = entry.order, data.test[: args.num_test]
     due = {round(total * i / args.points) for i in range(args.points + 1)}
-    options = {name: getattr(args, name) for name in ("batch_size", "lr", "clip_norm")}
     curve = []
-    for step in training_steps(vae, entry.make(), data, total, seed=seed, **options):
+    for step in training_steps(
+        vae,
+        entry.make(),
+        data,
+        total,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        clip_norm=args.clip_norm,
+        seed=seed,
+    ):
         if step in due:
-            loss = sum(evaluate(vae, test, value_elbo(), batch_size=args.batch_size).values())
-            curve.append({"seconds": step * milliseconds / 1e3, "steps": step, "loss": loss})
+            terms = evaluate(vae, test, value_elbo(), batch_size=args.batch_size)
+            seconds = step * milliseconds / 1e3
+            curve.append({"seconds": seconds, "steps": step, "loss": sum(terms.values())})
     return curve
 
 
@@ -135,11 +142,10 @@ def summarize(curves: dict[str, dict[int, Curve]]) -> tuple[list[dict[str, objec
     rows = []
     for name, by_seed in curves.items():
         last = [curve[-1] for curve in by_seed.values()]
-        loss, steps = statistic([row["loss"] for row in last]), last[0]["steps"]
-        milliseconds = f"{1e3 * last[0]['seconds'] / steps:.1f}"
-        title = name.replace("|", "given")
-        rows.append([title, str(loss.n), milliseconds, f"{steps:.0f}", loss.text(2)])
-    header = ("estimator", "seeds", "ms per step", "steps", "test −ELBO (nats)")
+        steps, loss = last[0]["steps"], statistic([row["loss"] for row in last])
+        row = [name.replace("|", "given"), str(loss.n), f"{1e3 * last[0]['seconds'] / steps:.1f}"]
+        rows.append([*row, f"{steps:.0f}", loss.text(2)])
+    header = ["estimator", "seeds", "ms per step", "steps", "test −ELBO (nats)"]
     return records, table(header, rows)
 
 

@@ -87,7 +87,7 @@ def without_first_step(term: Term) -> Tensor | None:
 
 
 def log_variance_as_log_scale(term: Term) -> Tensor:
-    r"""Returns the terms of the Gaussian baseline, its encoder head :math:`h` read in two ways.
+    r"""Returns the terms of the Gaussian baseline, whose encoder head :math:`h` is read twice.
 
     The latents are drawn with the standard deviations :math:`s = e^h`, and their KL divergence is
     that of the variances :math:`e^h`: of :math:`\mathcal{N}(m, s)` in place of

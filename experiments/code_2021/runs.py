@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer import ELBO
-from study import training_steps
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
@@ -35,8 +34,7 @@ from pyro_vaediff.infer import (
 from pyro_vaediff.infer.trace_kl_elbo import per_datum
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import ConvEncoder
-from pyro_vaediff.train.build import make_vae
-from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer, make_vae
 from pyro_vaediff.vae import VAE
 
 from .objectives import (
@@ -165,20 +163,17 @@ def objective(run: Run, vae: VAE) -> VAE:
 
 def train(run: Run, vae: VAE, data: ImageData, args: argparse.Namespace, seed: int) -> None:
     r"""Trains a VAE with the objective of a run."""
-    steps = args.epochs * (len(data.train) // min(args.batch_size, len(data.train)))
-    torch.manual_seed(seed)
-    for _ in training_steps(
-        vae,
-        run.estimator(),
-        data,
-        steps,
+    config = TrainConfig(
+        epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
+        lr_schedule="cosine",
         clip_norm=args.clip_norm,
         seed=seed,
-        seen=objective(run, vae),
-    ):
-        pass
+        validate_every=args.epochs,  # nothing is selected: it is the last model that is measured
+    )
+    programs = objective(run, vae)
+    Trainer(programs, data, run.estimator(), config, args.device).fit(progress=False)
     vae.eval()
 
 
@@ -225,9 +220,8 @@ def misreports(
         if other != "batch-norm":
             reports[other] = excess(run, model)
     if name == "batch-norm":
-        reports[name] = excess(
-            RUNS[name], VAE(TrainMode(vae.encoder), vae.decoder, vae.prior, vae.space)
-        )
+        in_train_mode = VAE(TrainMode(vae.encoder), vae.decoder, vae.prior, vae.space)
+        reports[name] = excess(RUNS[name], in_train_mode)
     if name == "diffusion":
         reports["constants"] = constant_errors(args.latent_dim, math.prod(data.image_shape))
     return reports

@@ -15,7 +15,8 @@ from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.files import read_json, write_atomically, write_csv
 from pyro_vaediff.plotting import save_panels
 from pyro_vaediff.sampling import point, reconstruct, sample
-from pyro_vaediff.train.loop import BEST, load_vae
+from pyro_vaediff.train import load_vae
+from pyro_vaediff.train.runs import BEST
 
 from .cells import Cell, Preset
 from .summary import flatten, page, summarize, with_all_keys

@@ -16,7 +16,7 @@ from study import check_settings
 from tqdm import tqdm
 
 from pyro_vaediff.files import write_json
-from pyro_vaediff.train.loop import CHECKPOINT, METRICS
+from pyro_vaediff.train.runs import CHECKPOINT, METRICS
 
 from .cells import Cell
 
