@@ -30,27 +30,27 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pyro
+import pyro.infer
 import torch
 from by_hand import ByHand, check_equal
-from run import without_tf32
+from common import exit_on_error, parse_device, provenance
+from study import table
 from torch import Tensor, nn
 
-from pyro_vaediff.arguments import exit_on_error, folder
+from pyro_vaediff.arguments import folder
 from pyro_vaediff.bench.cost import milliseconds
 from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.optim import TorchOptim, per_datum
 from pyro_vaediff.vae import VAE
 
 CONFIGS = {
@@ -72,7 +72,7 @@ BATCH_SIZE, K, LR, CLIP_NORM = 100, 8, 5e-4, 100.0
 
 def svi_step(vae: VAE) -> Callable[[Tensor], object]:
     optim = TorchOptim(torch.optim.Adam(vae.parameters(), lr=LR), CLIP_NORM)
-    svi = SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=Timestep_ELBO(k=K))
+    svi = pyro.infer.SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=Timestep_ELBO(k=K))
     return svi.step
 
 
@@ -106,7 +106,7 @@ def interleave(
 
 def measure(
     name: str, config: ModelConfig, batch_size: int, device: torch.device, repeats: int
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     r"""Returns a record for each measurement with a configuration."""
 
     def make(num_timesteps: int) -> VAE:
@@ -146,55 +146,21 @@ def measure(
 # The table ----------------------------------------------------------------------------------------
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def provenance(device: torch.device) -> str:
-    r"""Says on what, with what and when something was measured."""
-    return (
-        f"{machine(device)}; torch {torch.__version__}, pyro {pyro.__version__}, "
-        f"{datetime.date.today()}"
-    )
-
-
-def parse_device(name: str) -> torch.device:
-    r"""Returns a device that is there, for ``argparse``, and has it compute in full float32."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is no device: use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{name!r} is not supported: use cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("no CUDA device is available")
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise argparse.ArgumentTypeError(f"{name!r} is not there: there are {count} CUDA devices")
-    without_tf32()
-    return device
-
-
-def markdown(records: list[dict[str, object]], caption: str) -> str:
-    lines = [
-        caption,
-        "",
-        "| measurement | configuration | step (ms) | reference (ms) | ratio | quartiles | target |",
-        "|---|---|---|---|---|---|---|",
+def markdown(records: list[dict[str, Any]], caption: str) -> str:
+    header = ("measurement", "configuration", "step (ms)", "reference (ms)", "ratio", "quartiles")
+    rows = [
+        [
+            r["measurement"],
+            r["configuration"],
+            f"{r['median_ms']:.2f}",
+            f"{r['reference_ms']:.2f}",
+            f"{r['ratio']:.3f}",
+            f"{r['lower_quartile']:.2f} to {r['upper_quartile']:.2f}",
+            f"≤ {r['target']}",
+        ]
+        for r in records
     ]
-    for r in records:
-        lines.append(
-            f"| {r['measurement']} | {r['configuration']} | {r['median_ms']:.2f} "
-            f"| {r['reference_ms']:.2f} | {r['ratio']:.3f} "
-            f"| {r['lower_quartile']:.2f} to {r['upper_quartile']:.2f} | ≤ {r['target']} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join([caption, "", *table([*header, "target"], rows)]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -231,10 +197,10 @@ def main(argv: list[str] | None = None) -> None:
         f"Medians of {repeats} steps, batch {batch_size}, k = {K}, on {provenance(args.device)}"
         f"{' (--quick: small networks, ratios without meaning)' if args.quick else ''}."
     )
-    table = markdown(records, caption)
-    print(f"\n{table}")
+    text = markdown(records, caption)
+    print(f"\n{text}")
     write_csv(args.out / "benchmark.csv", records)
-    write_atomically(args.out / "benchmark.md", lambda file: file.write(table.encode()))
+    write_atomically(args.out / "benchmark.md", lambda file: file.write(text.encode()))
     print(f"written to {args.out}")
 
 

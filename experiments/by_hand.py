@@ -15,9 +15,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vaediff.arguments import check_whole
-from pyro_vaediff.infer import Importance, Timestep_ELBO, Timesteps
+from pyro_vaediff.denoise import Beta
+from pyro_vaediff.infer import ImportanceTimesteps, Timestep_ELBO, Timesteps
 from pyro_vaediff.nn import bounded_scale
+from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.train.optim import per_datum
 from pyro_vaediff.vae import VAE
 
@@ -30,23 +31,29 @@ class ByHand:
     """
 
     def __init__(self, vae: VAE, k: int = 8):
-        if getattr(vae.prior, "reverse_variance", None) != "beta" or vae.prior.num_timesteps < 2:
+        if not isinstance(vae.prior, DiffusionPrior) or vae.prior.num_timesteps < 2:
             raise ValueError(
-                "vae must have a diffusion prior with reverse_variance='beta' and num_timesteps >= "
-                f"2, got {type(vae.prior).__name__}"
+                f"vae must have a diffusion prior of 2 timesteps or more, got {vae.prior}"
             )
-        if not hasattr(vae.decoder.likelihood, "raw_sigma"):
+        denoiser, head = vae.prior.denoiser, vae.decoder.likelihood
+        choice = (denoiser.parameterization, denoiser.variance, denoiser.preconditioning, head)
+        if not (
+            choice[0] == "eps"
+            and isinstance(choice[1], Beta)
+            and choice[2] is None
+            and hasattr(head, "raw_sigma")
+        ):
             raise ValueError(
-                "vae must have a Gaussian likelihood with a shared sigma, got "
-                f"{vae.decoder.likelihood}"
+                "vae must have the parameterization 'eps', the reverse variance 'beta', no "
+                f"preconditioning and a Gaussian likelihood with a shared sigma, got {choice}"
             )
-        check_whole("k", k, least=2, why=" and even")
-        if k % 2:
+        if k < 2 or k % 2:
             raise ValueError(f"k must be even, as timesteps come in pairs, got {k}")
-        self.vae, self.k, prior = vae, k, vae.prior
+        self.vae, self.k, prior, self.backbone = vae, k, vae.prior, denoiser.backbone
         like = next(vae.parameters())
         beta = prior.schedule.original("betas")
         alpha_bar = (1 - beta).cumprod(0)
+        self.log_snr = prior.schedule.original("log_snr").to(like)
         # At t, the entry of a quantity at t - 1 comes first.
         previous = torch.cat([alpha_bar[:1], alpha_bar[:-1]])
         one_minus = torch.cat([torch.ones_like(beta[:1]), 1 - alpha_bar[1:]])  # 0 / 0 at t = 0
@@ -63,7 +70,7 @@ class ByHand:
 
         ratio = ((1 - previous) / one_minus)[2:]
         self.constant = prior.latent_dim * ((ratio - 1 - ratio.log()) / 2).sum().item()
-        self.probs = Importance()(prior, "z_0", 2)
+        self.probs = ImportanceTimesteps()(prior, "z_0")
         cdf = self.probs.double().cumsum(0)
         self.cdf = cdf / cdf[-1]
 
@@ -82,7 +89,7 @@ class ByHand:
         return eps_0, eps_1, torch.cat([eps_t, -eps_t]), self.draw_timesteps(len(x))
 
     def reverse_mean(self, z: Tensor, t: int | Tensor) -> Tensor:
-        return self.root_alpha[t] * z - self.gain[t] * self.vae.prior.denoiser(z, t)
+        return self.root_alpha[t] * z - self.gain[t] * self.backbone(z, self.log_snr[t])
 
     def loss(self, x: Tensor, eps_0: Tensor, eps_1: Tensor, eps_t: Tensor, t: Tensor) -> Tensor:
         encoder, decoder = self.vae.encoder, self.vae.decoder
@@ -119,13 +126,13 @@ def check_equal(vae: VAE, x: Tensor, k: int = 8) -> None:
     r"""Raises unless both losses, and all their gradients, are the same for the same noise."""
     vae, x = copy.deepcopy(vae).double(), x.double()
     # A denoiser that starts at zero would hide the gradients of its other layers.
-    nn.init.normal_(vae.prior.denoiser.outputs.weight, std=0.1)
+    nn.init.normal_(vae.prior.denoiser.backbone.outputs.weight, std=0.1)
     by_hand, parameters = ByHand(vae, k), list(vae.parameters())
     elbo = Timestep_ELBO(k=k)
 
     with pyro.get_param_store().scope():
         ((model, guide),) = elbo._get_traces(per_datum(vae.model), per_datum(vae.guide), (x,), {})
-        svi_loss = sum(term.sum() for _, term in elbo.site_terms(model, guide))
+        svi_loss = sum(term.value.sum() for term in elbo.site_terms(model, guide))
     sites = [guide.nodes[name] for name in ("z_0", "z_1", "z_t")]
     noise = [((s["value"] - s["fn"].mean) / s["fn"].stddev).detach() for s in sites]
     loss = by_hand.loss(x, *noise, guide.nodes["t"]["value"])

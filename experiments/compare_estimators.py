@@ -27,7 +27,7 @@ The folder ``--out`` then holds
     convergence.png, .csv       error of the value against the number of samples
     gradient_noise.png, .csv    gradient noise by timestep, and what the proposals make of it
 
-To put another estimator on the bench, add an entry to ``pyro_vaediff/bench/entries.py``.
+To put another estimator on the bench, add an entry to ``experiments/estimators/entries.py``.
 """
 
 from __future__ import annotations
@@ -43,36 +43,32 @@ from pathlib import Path
 
 import pyro
 import torch
-from benchmark import parse_device, provenance
+from common import exit_on_error, parse_device, provenance
+from estimators import BASELINE, ENTRIES, write_page, write_pictures
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vaediff.arguments import check_seed, exit_on_error, folder
+from pyro_vaediff.arguments import check_seed, folder
 from pyro_vaediff.bench import (
-    BASELINE,
-    ENTRIES,
     Entry,
-    Oracle,
     Reference,
     add_merits,
     draw_values,
     exact_reference,
     exhaustive_reference,
     gradient_noise_by_timestep,
-    linear_gaussian_vae,
     measure,
     measure_costs,
     minibatch_noise,
     optimal_proposal,
     rms_error,
-    write_page,
-    write_pictures,
 )
-from pyro_vaediff.evaluate.elbo import preprocess
-from pyro_vaediff.files import check_folder, load_checkpoint, write_csv
-from pyro_vaediff.infer import Importance, Uniform
+from pyro_vaediff.evaluate import preprocess
+from pyro_vaediff.files import check_folder, write_csv
+from pyro_vaediff.infer import ImportanceTimesteps, UniformTimesteps
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.train.loop import BEST, load_data, load_vae
+from pyro_vaediff.testing import Oracle, linear_gaussian_vae
+from pyro_vaediff.train.runs import BEST, load_checkpoint, load_data, load_vae
 from pyro_vaediff.vae import VAE
 
 # The estimators whose errors are plotted against the number of samples.
@@ -120,7 +116,7 @@ def load_run(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
             f"most the {len(data.train)} training images"
         )
     chosen = torch.randperm(len(data.train))[:count]
-    x = preprocess(vae, data.train[chosen].to(args.device), data.levels)
+    x = preprocess(vae, data.train[chosen])
     return moments, x.unflatten(0, (args.minibatches, args.batch_size))
 
 
@@ -178,8 +174,9 @@ def measure_noise_by_timestep(vae: VAE, x: Tensor, args: argparse.Namespace) -> 
         noise = gradient_noise_by_timestep(vae, x, t.tolist(), given, args.noise_draws)
         columns |= {f"{module} given {given}": rms for module, rms in noise.items()}
     columns["r optimal"] = optimal_proposal(t, columns["prior given z_0"].cpu(), T)
-    for name, proposal in {"importance": Importance(), "uniform": Uniform()}.items():
-        columns[f"r {name}"] = proposal(vae.prior, "z_0", 2).cpu()[t - 2]
+    proposals = {"importance": ImportanceTimesteps(), "uniform": UniformTimesteps()}
+    for name, proposal in proposals.items():
+        columns[f"r {name}"] = proposal(vae.prior, "z_0").cpu()[t - 2]
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
@@ -291,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     for rows in records.values():
         for row in rows:
             row |= costs[row["estimator"]]
-        add_merits(rows)
+        add_merits(rows, BASELINE)
     every = [
         {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()}
         for rows in records.values()

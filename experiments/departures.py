@@ -40,14 +40,14 @@ from pathlib import Path
 
 import pyro
 import torch
-from benchmark import parse_device
-from departures_page import plot_departures, plot_priors, write_tables
-from departures_runs import RUNS, measure
+from code_2021.page import plot_departures, plot_priors, write_tables
+from code_2021.runs import RUNS, measure
+from common import exit_on_error, parse_device
 from run import DEFAULTS
+from study import check_settings
 from tqdm import tqdm
-from train_estimators import check_settings
 
-from pyro_vaediff.arguments import check_seed, exit_on_error, folder
+from pyro_vaediff.arguments import check_seed, folder
 from pyro_vaediff.data import DATASETS, load
 from pyro_vaediff.files import check_folder, write_json
 
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(False)
     torch.distributions.Distribution.set_default_validate_args(False)
     data = load(args.dataset, args.root, download=not args.no_download, limit=args.limit)
-    check_settings(args, FREE)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    check_settings(args.out / "settings.json", settings)
     # Seed by seed, such that a measurement that is stopped has all runs of some seeds.
     runs = [(seed, name) for seed in args.seeds for name in RUNS if name in args.runs]
     for seed, name in tqdm(runs, "runs", disable=args.quiet):

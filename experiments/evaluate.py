@@ -24,17 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import parse_device
+from common import exit_on_error, parse_device
 
-from pyro_vaediff.arguments import check_seed, exit_on_error
+from pyro_vaediff.arguments import check_seed
 from pyro_vaediff.data import ImageData
-from pyro_vaediff.evaluate import bits_per_dim
-from pyro_vaediff.evaluate.elbo import evaluate
-from pyro_vaediff.evaluate.log_likelihood import log_likelihood
-from pyro_vaediff.evaluate.surgery import Surgery, elbo_surgery
+from pyro_vaediff.evaluate import (
+    Surgery,
+    bits_per_dim,
+    elbo_surgery,
+    evaluate,
+    log_likelihood,
+)
 from pyro_vaediff.files import read_json, write_json
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.train.loop import load_data, load_vae
+from pyro_vaediff.train.runs import load_data, load_vae
 from pyro_vaediff.vae import VAE
 
 EVALUATION = "evaluation.json"
@@ -82,9 +85,9 @@ def likelihood(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str,
     images = data.test[: args.num_images]
     flow = {"num_steps": args.num_steps} if isinstance(vae.prior, DiffusionPrior) else {}
     common = {"seed": args.seed, "progress": not args.quiet}
-    log_px = log_likelihood(vae, images, data.levels, args.num_samples, **common, **flow)
-    nats, width = -log_px.mean().item(), vae.decoder.likelihood.log_bin_width(data.levels)
-    elbo = sum(evaluate(vae, images, data.levels, **common).values())
+    log_px = log_likelihood(vae, images, args.num_samples, **common, **flow)
+    nats, width = -log_px.mean().item(), vae.space.log_bin_width
+    elbo = sum(evaluate(vae, images, **common).values())
     return {
         "negative_log_likelihood": nats,
         "standard_error": log_px.std().item() / len(images) ** 0.5 if len(images) > 1 else None,
@@ -117,14 +120,12 @@ def evaluate_run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     common = {"seed": args.seed, "progress": not args.quiet}
     results = {
         "likelihood": likelihood(vae, data, args),
-        "surgery": as_numbers(elbo_surgery(vae, images, data.levels, **common)),
+        "surgery": as_numbers(elbo_surgery(vae, images, **common)),
     }
     if isinstance(vae.prior, DiffusionPrior):
         # The same with log p(z_0) of the probability flow, which is no bound.
         flow = {"log_prior": "flow", "num_steps": args.num_steps}
-        results["surgery_flow"] = as_numbers(
-            elbo_surgery(vae, images, data.levels, **flow, **common)
-        )
+        results["surgery_flow"] = as_numbers(elbo_surgery(vae, images, **flow, **common))
     return results | {"seconds": time.perf_counter() - start}
 
 

@@ -55,12 +55,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grid import read_preset
-from grid_page import save_pictures, write_tables
-from grid_runs import Runner, check_settings, command
-from run import choose_device
+from common import choose_device, exit_on_error
+from grid.cells import read_preset
+from grid.page import save_pictures, write_tables
+from grid.runs import Runner, check_cell, command
 
-from pyro_vaediff.arguments import exit_on_error, folder
+from pyro_vaediff.arguments import folder
 from pyro_vaediff.files import check_folder
 
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     paths |= {"fid-weights": args.fid_weights} if args.fid_weights else {}
     preset = read_preset(args.preset, args.seeds, paths)
     for cell in preset.cells:
-        check_settings(cell, args.out)
+        check_cell(cell, args.out)
     cells = [
         cell
         for cell in preset.cells

@@ -38,33 +38,24 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyro
 import torch
-from benchmark import parse_device, provenance
+from common import exit_on_error, parse_device, provenance
+from estimators import ENTRIES, SERIOUS, plot_training
+from study import check_settings, statistic, table, training_steps
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from pyro_vaediff.arguments import check_seed, exit_on_error, folder
-from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry, step_times, training_step
-from pyro_vaediff.data import DATASETS, ImageData, batches, load
-from pyro_vaediff.evaluate.elbo import evaluate, preprocess, value_elbo
-from pyro_vaediff.files import (
-    check_folder,
-    read_json,
-    write_atomically,
-    write_csv,
-    write_json,
-)
-from pyro_vaediff.plotting import plot_training
+from pyro_vaediff.arguments import check_seed, folder
+from pyro_vaediff.bench import Entry, step_times, training_step
+from pyro_vaediff.data import DATASETS, ImageData, load
+from pyro_vaediff.evaluate import evaluate, preprocess, value_elbo
+from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.train.build import make_vae
-from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.loop import load_data, load_vae
-from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
+from pyro_vaediff.train import ModelConfig, load_data, load_vae, make_vae
 from pyro_vaediff.vae import VAE
 
 Curve = list[dict[str, float]]
@@ -76,7 +67,7 @@ def measure_times(
     entries: Sequence[Entry], make: Callable[[], VAE], data: ImageData, args: argparse.Namespace
 ) -> dict[str, float]:
     r"""Returns the median time of a training step of each estimator, in milliseconds."""
-    x = preprocess(vae := make(), data.train[: args.batch_size].to(args.device), data.levels)
+    x = preprocess(vae := make(), data.train[: args.batch_size])
     steps = [training_step(entry, vae, x) for entry in entries]
     step_times(steps, 3, args.device)  # the first steps are slower
     times = step_times(steps, args.repeats, args.device)
@@ -93,34 +84,23 @@ def train(
 ) -> Curve:
     r"""Returns the test -ELBO at equidistant times of a training run."""
     total = max(args.points, round(1e3 * args.seconds / milliseconds))
-    adam = torch.optim.Adam(vae.train().parameters(), lr=args.lr)
-    optim = TorchOptim(adam, args.clip_norm, CosineAnnealingLR(adam, total))
-    svi = SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=entry.make())
     vae.prior.order, test = entry.order, data.test[: args.num_test]
-    order = torch.Generator().manual_seed(seed)
-    loader: Iterator[Tensor] = iter(())
     due = {round(total * i / args.points) for i in range(args.points + 1)}
     curve = []
-    with pyro.get_param_store().scope():
-        for step in range(total + 1):
-            if step in due:
-                terms = evaluate(vae, test, data.levels, value_elbo(), batch_size=args.batch_size)
-                seconds = step * milliseconds / 1e3
-                curve.append({"seconds": seconds, "steps": step, "loss": sum(terms.values())})
-            if step == total:
-                return curve
-            if (batch := next(loader, None)) is None:
-                loader = batches(
-                    data.train,
-                    args.batch_size,
-                    shuffle=True,
-                    generator=order,
-                    device=args.device,
-                    drop_last=True,
-                    flip=data.horizontal_flip,
-                )
-                batch = next(loader)
-            svi.step(preprocess(vae, batch, data.levels))
+    for step in training_steps(
+        vae,
+        entry.make(),
+        data,
+        total,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        clip_norm=args.clip_norm,
+        seed=seed,
+    ):
+        if step in due:
+            terms = evaluate(vae, test, value_elbo(), batch_size=args.batch_size)
+            seconds = step * milliseconds / 1e3
+            curve.append({"seconds": seconds, "steps": step, "loss": sum(terms.values())})
     return curve
 
 
@@ -152,25 +132,6 @@ def number(path: Path, row: dict[str, str], key: str) -> float:
         ) from error
 
 
-def check_settings(args: argparse.Namespace, free: tuple[str, ...]) -> None:
-    r"""Raises a ``ValueError`` if the folder has runs with other settings, which it remembers.
-
-    Arguments:
-        args: The settings.
-        free: The names of those that runs in one folder may differ in.
-    """
-    path = args.out / "settings.json"
-    settings = {name: str(v) for name, v in vars(args).items() if name not in free}
-    if not path.exists():
-        write_json(path, settings)
-    for name, value in read_json(path).items():
-        if settings.get(name) != value:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {settings.get(name)}, but the runs in {args.out} "
-                f"have {value}: choose another --out"
-            )
-
-
 def summarize(curves: dict[str, dict[int, Curve]]) -> tuple[list[dict[str, object]], list[str]]:
     r"""Returns a record per run, and the lines of a table with a row per estimator."""
     records = [
@@ -178,16 +139,14 @@ def summarize(curves: dict[str, dict[int, Curve]]) -> tuple[list[dict[str, objec
         for name, by_seed in curves.items()
         for seed, curve in by_seed.items()
     ]
-    lines = ["| estimator | seeds | ms per step | steps | test −ELBO (nats) |", "|---" * 5 + "|"]
+    rows = []
     for name, by_seed in curves.items():
         last = [curve[-1] for curve in by_seed.values()]
-        loss = torch.tensor([row["loss"] for row in last], dtype=torch.float64)
-        spread = f" ± {loss.std():.2f}" if len(loss) > 1 else ""
-        steps = last[0]["steps"]
-        row = f"{name.replace('|', 'given')} | {len(loss)} | {1e3 * last[0]['seconds'] / steps:.1f}"
-        mean = f"{loss.mean():.2f}".replace("-", "−")
-        lines.append(f"| {row} | {steps:.0f} | {mean}{spread} |")
-    return records, lines
+        steps, loss = last[0]["steps"], statistic([row["loss"] for row in last])
+        row = [name.replace("|", "given"), str(loss.n), f"{1e3 * last[0]['seconds'] / steps:.1f}"]
+        rows.append([*row, f"{steps:.0f}", loss.text(2)])
+    header = ["estimator", "seeds", "ms per step", "steps", "test −ELBO (nats)"]
+    return records, table(header, rows)
 
 
 def columns(curve: Curve) -> dict[str, Tensor]:
@@ -274,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"measured the time of a step: {path}")
         return
 
-    check_settings(args, FREE)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    check_settings(args.out / "settings.json", settings)
     curves: dict[str, dict[int, Curve]] = {name: {} for name in args.estimators}
     # Seed by seed, such that a comparison that is stopped has all estimators of some seeds.
     runs = [(seed, name) for seed in args.seeds for name in args.estimators]

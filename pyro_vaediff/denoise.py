@@ -279,8 +279,9 @@ class Denoiser(nn.Module):
         like = self.kernel.skips
         ends = (t, self.before(t) if s is None else s)
         grid = self.schedule.original("times").to(like.device)
-        times = [grid[u] if is_index(u) else torch.as_tensor(u) for u in ends]
-        values = self.compute(*(u.to(like.device).double() for u in times))
+        double = {"dtype": torch.float64, "device": like.device}
+        times = [grid[u] if is_index(u) else torch.as_tensor(u, **double) for u in ends]
+        values = self.compute(*times)
         return lambda name: values[name][(...,) + (None,) * self.event_dim].to(like)
 
     def tables(self, times: Tensor) -> dict[str, Tensor]:
@@ -302,7 +303,7 @@ class Denoiser(nn.Module):
 
     def before(self, t: Times) -> Tensor:
         r"""Returns the times that come a step of the home grid before the given ones."""
-        t = torch.as_tensor(t).double()
+        t = torch.as_tensor(t, dtype=torch.float64)
         grid = self._home.to(t.device)
         upper = torch.searchsorted(grid, (t - 1e-9).contiguous()).clamp(1, len(grid) - 1)
         on_grid = (t - grid[upper]).abs() < 1e-9

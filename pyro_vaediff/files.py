@@ -1,4 +1,4 @@
-r"""Files that are either whole or absent: checkpoints, tables and texts."""
+r"""Files that are either whole or absent: tables, texts and whatever else is written."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 __all__ = [
     "check_folder",
-    "load_checkpoint",
     "read_json",
     "remove_unfinished",
-    "save_checkpoint",
     "write_atomically",
     "write_csv",
     "write_json",
 ]
 
-FORMAT = "pyro_vaediff checkpoint, version 1"
 UNFINISHED = ".unfinished"  # the suffix of a file that is being written
 
 
@@ -141,46 +136,9 @@ def check_folder(argument: str, path: str | Path) -> None:
             raise ValueError(f"{argument} {path}: {folder} is a file: choose a folder")
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    r"""Saves a checkpoint: nested containers of tensors, numbers and strings.
-
-    Arguments:
-        path: The path of the file.
-        state: The contents.
-    """
-    # torch's writer makes other errors of a full disk.
-    content = io.BytesIO()
-    torch.save({"format": FORMAT} | state, content)
-    write_atomically(path, lambda file: file.write(content.getbuffer()))
-
-
 def describe_error(error: Exception) -> str:
     r"""Returns what is wrong in a file, on one line."""
     # With torch, it comes after the advice to load the file without precautions.
     _, unsafe, reason = str(error).rpartition("WeightsUnpickler error: ")
     reason = (reason.strip() or type(error).__name__).splitlines()[0].strip()
     return reason.partition(". ")[0] if unsafe or "Weights only load failed" in reason else reason
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    r"""Loads a checkpoint onto the CPU, without executing any code that may be in it.
-
-    Arguments:
-        path: The path of the file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, or not a checkpoint of this library.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged or foreign file makes torch raise almost any exception, some without a message.
-    except Exception as error:
-        reason = describe_error(error)[:80]
-        raise ValueError(f"{path} is not a checkpoint, or is truncated ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by this library ('{FORMAT}' is missing)")
-    return state

@@ -209,7 +209,7 @@ class Schedule(Tables):
         """
         if not isinstance(steps, Tensor):
             check_whole("steps", steps)
-            steps = torch.linspace(0, 1, steps + 1)
+            steps = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         times = steps.detach().cpu().double()
         if times.ndim != 1 or len(times) < 2 or times[0] != 0 or times[-1] != 1:
             raise ValueError(f"steps must be a number or times from 0 to 1, got {steps!r:.80}")
@@ -258,7 +258,7 @@ class Schedule(Tables):
         if is_index(t):
             table = self.original("log_snr")
             return at_time(table.to(t.device) if isinstance(t, Tensor) else table, t, 0)
-        return self(torch.as_tensor(t, device=self.betas.device).double())
+        return self(torch.as_tensor(t, dtype=torch.float64, device=self.betas.device))
 
     def position(self, log_snr: Tensor) -> Tensor:
         r"""Returns where on the grid a log-SNR is: the inverse of the table ``log_snr``.

@@ -85,6 +85,11 @@ class VAE(nn.Module):
         self.prior = prior
         self.space = space
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("encoder", "prior") and hasattr(self, "encoder") and hasattr(self, "prior"):
+            self.prior.bind(self.encoder)
+
     @program
     def model(
         self, x: Tensor | None = None, c: Tensor | None = None, num_samples: int = 1

@@ -12,11 +12,17 @@ import scipy.stats
 import torch
 
 from pyro_vaediff import VAE, MixturePrior, TraceKL_ELBO, VampPrior
-from pyro_vaediff.train.build import make_prior, make_vae
-from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.likelihoods import GaussianLikelihood
+from pyro_vaediff.nn import ConvDecoder, ConvEncoder
 
 SHAPE = (1, 8, 8)
-CONFIG = ModelConfig("vamp", latent_dim=3, image_shape=SHAPE, width=4, num_components=5)
+
+
+def make_vae(name):
+    encoder = ConvEncoder(SHAPE, 3, width=4)
+    decoder = ConvDecoder(3, GaussianLikelihood(SHAPE), width=4)
+    prior = VampPrior(None, 3, SHAPE, 5) if name == "vamp" else MixturePrior(3, 5)
+    return VAE(encoder, decoder, prior)
 
 
 def mixture_log_density(z, log_weights, loc, scale):
@@ -30,7 +36,7 @@ def mixture_log_density(z, log_weights, loc, scale):
 
 @pytest.fixture
 def vae(device):
-    return make_vae(CONFIG).to(device, torch.float64)
+    return make_vae("vamp").to(device, torch.float64)
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def test_a_mixture_starts_with_the_moments_of_a_standard_normal(device):
 
 def test_the_density_of_a_vamp_prior_is_the_mean_posterior(vae, device):
     z = torch.randn(7, 3, dtype=torch.float64, device=device)
-    q = vae.encode(vae.prior.pseudo_inputs)
+    q = vae.encoder(vae.prior.pseudo_inputs)
     expected = mixture_log_density(z, torch.zeros(5, dtype=z.dtype), q.mean, q.stddev)
     actual = vae.prior.distribution().log_prob(z)
     np.testing.assert_allclose(actual.detach().cpu(), expected, rtol=0, atol=1e-10)
@@ -70,7 +76,7 @@ def test_the_density_of_a_vamp_prior_is_the_mean_posterior(vae, device):
 
 def test_with_the_data_as_pseudo_inputs_the_prior_is_the_aggregate_posterior(vae, x):
     vae.prior.initialize(x)  # of six images, the first five
-    q = vae.encode(x[:5])
+    q = vae.encoder(x[:5])
     marginal = dist.MixtureSameFamily(dist.Categorical(q.mean.new_ones(5)), q)
     z = q.sample()
     torch.testing.assert_close(
@@ -104,35 +110,75 @@ def test_the_encoder_stays_the_vaes(vae, x):
 
 
 def test_pseudo_inputs_stay_in_their_support_but_keep_their_gradient(device):
-    seen = []
-
     def encoder(u):
-        seen.append(u)
         return dist.Normal(u, 1.0).to_event(1)
 
+    u = torch.tensor([[-3.0, 0.5], [0.2, 4.0], [0.0, 1.0]], device=device)
+    confined = u.clamp(0, 1).requires_grad_()
     prior = VampPrior(encoder, 2, (2,), 3, support=(0.0, 1.0)).to(device)
     with torch.no_grad():
-        prior.pseudo_inputs.copy_(torch.tensor([[-3.0, 0.5], [0.2, 4.0], [0.0, 1.0]]))
-    prior.distribution().log_prob(torch.zeros(2, device=device)).backward()
-    assert seen[0].min() == 0 and seen[0].max() == 1
-    assert (prior.pseudo_inputs.grad[:2].abs().sum(-1) > 0).all()
+        prior.pseudo_inputs.copy_(u)
+    z = torch.tensor([0.3, 0.6], device=device)
+    expected = (encoder(confined).log_prob(z).exp().mean()).log()
+    torch.testing.assert_close(prior.log_prob(z), expected)
+    # The gradient of all of them, also of those outside, is that where they are seen.
+    prior.log_prob(z).backward()
+    expected.backward()
+    torch.testing.assert_close(prior.pseudo_inputs.grad, confined.grad)
+    assert (confined.grad != 0).all()
 
 
 @pytest.mark.parametrize("name", ["mixture", "vamp"])
 def test_the_loss_is_the_monte_carlo_average_of_exact_densities(device, x, name):
-    vae = make_vae(ModelConfig(name, 3, SHAPE, width=4, num_components=5)).to(device, torch.float64)
+    vae = make_vae(name).to(device, torch.float64)
     elbo = TraceKL_ELBO()
     torch.manual_seed(3)
     terms = elbo.terms(vae.model, vae.guide, x)
     torch.manual_seed(3)
-    q = vae.encode(x)
+    q = vae.encoder(x)
     z = q.rsample()
     expected = -vae.prior.distribution().log_prob(z).sum()
     torch.testing.assert_close(terms["z_0"], expected, atol=1e-10, rtol=0)
     torch.testing.assert_close(terms["-H[z_0]"], -q.entropy().sum(), atol=1e-10, rtol=0)
 
 
+def test_a_new_encoder_of_the_vae_is_the_priors_as_well(vae, device):
+    for make in (lambda: vae, lambda: copy.deepcopy(vae)):
+        other = make()
+        other.encoder = ConvEncoder(SHAPE, 3, width=2).to(device, torch.float64)
+        q = other.encoder(other.prior.pseudo_inputs)
+        components = other.prior.distribution().component_distribution
+        assert torch.equal(components.mean, q.mean)
+
+
+def test_a_mixture_over_images_is_that_over_vectors(device):
+    flat, prior = MixturePrior(6, 5).to(device), MixturePrior((1, 2, 3), 5).to(device)
+    state = flat.state_dict()
+    prior.load_state_dict({k: v.reshape(prior.state_dict()[k].shape) for k, v in state.items()})
+    z = torch.randn(4, 1, 2, 3, device=device)
+    torch.testing.assert_close(prior.log_prob(z), flat.log_prob(z.flatten(1)))
+    assert prior.distribution().sample().shape == (1, 2, 3)
+
+
+def test_densities_are_in_full_precision_under_autocast(device):
+    prior = MixturePrior(8, 50).to(device)
+    with torch.no_grad():
+        prior.raw_scale.sub_(3), prior.loc.mul_(3)  # far and narrow: exponents of hundreds
+        z = prior.distribution().sample([6])
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = prior.log_prob(z)
+    assert torch.equal(actual, prior.log_prob(z))
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_a_mixture_integrates_to_one(device, D):
+    prior = MixturePrior((D, 1), 4).to(device, torch.float64)
+    line = torch.linspace(-9, 9, 361, dtype=torch.float64, device=device)
+    grid = torch.cartesian_prod(*[line] * D).reshape(-1, D, 1)
+    mass = (prior.log_prob(grid).exp() * (line[1] - line[0]) ** D).sum()
+    assert mass.item() == pytest.approx(1, abs=1e-6)
+
+
 def test_a_vamp_prior_without_an_encoder_is_refused():
     with pytest.raises(ValueError, match="needs an encoder"):
-        make_prior(CONFIG)
-    assert isinstance(make_vae(CONFIG), VAE)
+        VampPrior(None, 3, SHAPE, 5).model()

@@ -10,11 +10,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from errors import one_line_value_error
-from test_samplers import gaussian_data, gaussian_prior
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
+from test_samplers import gaussian_data, gaussian_prior, shaped_priors
 from torch import nn
 
 from pyro_vaediff import DiffusionPrior, GaussianPrior
-from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
+from pyro_vaediff.nn import TimeAdapter, make_backbone
+from pyro_vaediff.sampling import ProbabilityFlow
 from pyro_vaediff.schedules import LinearSchedule, Schedule
 
 
@@ -23,51 +26,53 @@ class Random(nn.Module):
 
     def __init__(self, latent_dim, num_timesteps, num_outputs=1):
         super().__init__()
+        self.num_outputs = num_outputs
         self.first, self.last = nn.Linear(latent_dim, 8), nn.Linear(8, num_outputs * latent_dim)
         with torch.no_grad():
             self.last.weight *= 0.5
         self.shift = nn.Parameter(torch.linspace(-1, 1, num_timesteps + 1))
 
     def forward(self, z, t):
-        return self.last(torch.sin(2 * self.first(z) + self.shift[t].unsqueeze(-1)))
+        out = self.last(torch.sin(2 * self.first(z) + self.shift[t].unsqueeze(-1)))
+        return out if self.num_outputs == 1 else out.chunk(2, -1)
 
 
 def random_prior(device, latent_dim=2, T=20, reverse_variance="beta"):
     network = Random(latent_dim, T, 2 if reverse_variance == "learned" else 1)
     # So short that even a single step of the flow, of length 1.2, is contracting.
     schedule = Schedule(torch.linspace(0.02, 0.1, T))
-    prior = DiffusionPrior(latent_dim, T, schedule, network, reverse_variance=reverse_variance)
-    return prior.double().to(device)
+    backbone = TimeAdapter(network, schedule, "index")
+    prior = DiffusionPrior(latent_dim, T, schedule, backbone, reverse_variance=reverse_variance)
+    return prior.double().to(device).requires_grad_(False)
 
 
 class MixtureDenoiser(nn.Module):
-    r"""E[z_0 | z_t] of an equal mixture of N(m_k, s^2 I), for ``parameterization="z0"``."""
+    r"""E[z_0 | z_t] of an equal mixture of N(m_k, s^2 I), less what is linear in z_t."""
 
-    def __init__(self, locs, scale, prior):
+    def __init__(self, locs, scale):
         super().__init__()
-        self.locs, self.variance, self.schedule = locs, scale**2, prior.schedule
-        self.skips = prior.kernel.z0_skips
+        self.register_buffer("locs", locs)
+        self.variance = scale**2
 
-    def forward(self, z, t):
-        alpha_bar = self.schedule.alphas_cumprod[t]
-        v = alpha_bar * self.variance + self.schedule.one_minus_alphas_cumprod[t]
+    def forward(self, z, log_snr):
+        alpha_bar, noise = (torch.sigmoid(x).reshape(-1, 1, 1) for x in (log_snr, -log_snr))
+        v = alpha_bar * self.variance + noise
         residual = z.unsqueeze(-2) - alpha_bar.sqrt() * self.locs
-        weights = (-residual.square().sum(-1) / (2 * v)).softmax(-1).unsqueeze(-1)
+        weights = (-residual.square().sum(-1, keepdim=True) / (2 * v)).softmax(-2)
         means = self.locs + alpha_bar.sqrt() * self.variance / v * residual
-        return (weights * means).sum(-2) - self.skips[t] * z
+        return (weights * means).sum(-2) - alpha_bar.sqrt().squeeze(-1) * z
 
 
 def mixture(device, scale):
     r"""Returns a prior with the best denoiser for a mixture, and the mixture."""
     # Its last variances are so large that it ends in N(0, I) up to 1e-6.
     schedule = LinearSchedule(1000, beta_max=0.05)
-    prior = DiffusionPrior(2, 1000, schedule, nn.Identity(), parameterization="z0")
-    prior = prior.double().to(device)
     locs = [[1.0, 0.5], [-0.5, 0.3], [0.0, -1.0]]
     locs = torch.tensor(locs, dtype=torch.float64, device=device)
-    prior.denoiser = MixtureDenoiser(locs, scale, prior)
+    prior = DiffusionPrior(2, 1000, schedule, MixtureDenoiser(locs, scale), parameterization="z0")
     components = dist.Normal(locs, torch.full_like(locs, scale)).to_event(1)
-    return prior, dist.MixtureSameFamily(dist.Categorical(torch.ones_like(locs[:, 0])), components)
+    law = dist.MixtureSameFamily(dist.Categorical(torch.ones_like(locs[:, 0])), components)
+    return prior.double().to(device), law
 
 
 # --- What is exact --------------------------------------------------------------------------------
@@ -79,7 +84,8 @@ def test_a_prior_at_its_start_is_a_standard_normal(device, schedule, parameteriz
     prior = DiffusionPrior(5, 1000, schedule, parameterization=parameterization).to(device)
     z_0 = 2 * torch.randn(7, 5, device=device)
     for dtype, atol in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
-        log_prob = ProbabilityFlow(prior.to(dtype), num_steps=10).log_prob(z_0.to(dtype))
+        with torch.no_grad():
+            log_prob = ProbabilityFlow(prior.to(dtype), num_steps=10).log_prob(z_0.to(dtype))
         expected = prior.standard_normal().log_prob(z_0.to(dtype))
         torch.testing.assert_close(log_prob, expected, atol=atol, rtol=0)
 
@@ -88,7 +94,7 @@ def test_the_velocity_is_the_output_of_a_network_that_predicts_noise(device):
     prior = random_prior(device)
     z = torch.randn(7, 2, dtype=torch.float64, device=device)
     for t in (1, 10, 20):
-        expected = prior.denoiser(z, t)
+        expected = prior.denoiser.network(z, t)[0]
         velocity = ProbabilityFlow(prior).velocity(z, t)
         torch.testing.assert_close(velocity, expected, atol=1e-10, rtol=0)
     assert (ProbabilityFlow(prior).velocity(z, 0) == 0).all()
@@ -172,14 +178,91 @@ def test_a_mixture_of_gaussians(device, scale, target):
 def test_samples_of_a_mixture_of_gaussians(device):
     prior, _ = mixture(device, 0.5)
     z_0 = ProbabilityFlow(prior).sample((10_000,))
-    locs = prior.denoiser.locs
+    locs = prior.denoiser.backbone.locs
     cov = locs.mT.cov(correction=0) + 0.25 * torch.eye(2).to(locs)
-    centred = z_0 - locs.mean(0)
-    second = centred.unsqueeze(-1) * centred.unsqueeze(-2)
-    for values, exact in ((centred, 0 * locs[0]), (second, cov)):
+    centered = z_0 - locs.mean(0)
+    second = centered.unsqueeze(-1) * centered.unsqueeze(-2)
+    for values, exact in ((centered, 0 * locs[0]), (second, cov)):
         se = values.std(0) / len(values) ** 0.5
         assert (se < 0.015).all()
         assert ((values.mean(0) - exact).abs() < 5 * se + 1e-3).all()
+
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+def test_gradients_are_those_of_differences(device):
+    # First and second ones, with respect to latents and to parameters, of densities and samples.
+    flow = ProbabilityFlow(random_prior(device, T=5).requires_grad_(True), num_steps=3)
+    z = torch.randn(2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    # The parameters are perturbed in place.
+    inputs = z, *flow.prior.parameters()
+    for fn in (lambda z, *_: flow.log_prob(z), lambda z, *_: flow.decode(z)):
+        assert torch.autograd.gradcheck(fn, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(fn, inputs, fast_mode=True)
+
+
+def test_without_gradients_the_numbers_are_the_same(device):
+    flow = ProbabilityFlow(random_prior(device).requires_grad_(True), num_steps=5)
+    z_0 = torch.randn(7, 2, dtype=torch.float64, device=device)
+    log_prob, z_T = flow.log_prob(z_0), flow.decode(z_0)
+    assert log_prob.requires_grad and z_T.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(z_0), log_prob, atol=1e-10, rtol=0)
+        torch.testing.assert_close(flow.decode(z_0), z_T, atol=1e-10, rtol=0)
+        assert not flow.log_prob(z_0).requires_grad
+    assert not flow.sample().requires_grad and flow.rsample().requires_grad
+
+
+def test_it_is_a_prior_of_somebodys_model(device):
+    # The prior starts at N(0, I). With y ~ N(z, I) at y = (2, 2), the posterior is N(1, I / 2).
+    backbone = make_backbone("mlp", (2,), schedule := LinearSchedule(4), width=8)
+    prior = DiffusionPrior(2, 4, schedule, backbone).to(device).requires_grad_(False)
+    p_z = ProbabilityFlow(prior, num_steps=1)
+    y = torch.full((2,), 2.0, device=device)
+
+    def model():
+        pyro.sample("y", dist.Normal(pyro.sample("z", p_z), 1.0).to_event(1), obs=y)
+
+    start = init_to_value(values={"z": torch.zeros(2, device=device)})
+    for make, steps in ((AutoDelta, 60), (AutoNormal, 150)):
+        guide = make(model, init_loc_fn=start)
+        options = {"optim_args": {"lr": 0.15}, "gamma": 0.01 ** (1 / steps)}
+        optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam} | options)
+        svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
+        for _ in range(steps):
+            svi.step()
+            optimizer.step()
+        z = guide.median()["z"]
+        target = 0.02 if make is AutoDelta else 0.15
+        torch.testing.assert_close(z, torch.ones_like(y), atol=target, rtol=0)
+        if make is AutoNormal:
+            sd = guide.quantiles([0.841345])["z"][0] - z
+            torch.testing.assert_close(sd, torch.full_like(y, 0.5**0.5), atol=0.1, rtol=0)
+        pyro.clear_param_store()
+
+
+# --- Events of any shape, and context -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_events_of_another_shape_and_a_context(device, context):
+    flat, shaped = (p.requires_grad_(False) for p in shaped_priors(device, context))
+    c = torch.tensor([[0.0, 1.0]]).to(flat.origin).expand(5, 2) if context else None
+    flow, other = ProbabilityFlow(flat, 4), ProbabilityFlow(shaped, 4, chunk_size=6, c=c)
+    assert (other.batch_shape, other.event_shape) == ((5,) if context else (), (1, 2, 1))
+    z = torch.randn(3, 5, 2, dtype=torch.float64, device=device)
+    expected, of_shaped = flow.log_prob(z), z.unsqueeze(-1).unsqueeze(-3)
+    torch.testing.assert_close(other.log_prob(of_shaped), expected, atol=1e-10, rtol=0)
+    z_0 = other.decode(other.encode(of_shaped)[0])
+    torch.testing.assert_close(z_0, of_shaped, atol=1e-10, rtol=0)
+    with pyro.plate("data", 5), pyro.poutine.trace() as capture:
+        z_0 = pyro.sample("z_0", other)
+    capture.trace.compute_log_prob()
+    assert (z_0.shape, capture.trace.nodes["z_0"]["log_prob"].shape) == ((5, 1, 2, 1), (5,))
+    if context:
+        flipped = ProbabilityFlow(shaped, 4, c=c.flip(1)).log_prob(of_shaped)
+        assert (flipped - expected).abs().max() > 0.1
 
 
 # --- The distribution -----------------------------------------------------------------------------
@@ -206,13 +289,12 @@ def test_it_is_a_distribution_for_programs(device):
     assert z_0.shape == (3, 2)
     log_prob = capture.trace.nodes["z_0"]["log_prob"]
     torch.testing.assert_close(log_prob, flow.log_prob(z_0), atol=1e-12, rtol=0)
-    assert not log_prob.requires_grad
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 1000])
 def test_times_rise_from_0_to_T(T):
     for num_steps in {1, min(2, T), (T + 1) // 2, T}:
-        times = ProbabilityFlow(DiffusionPrior(1, T, denoiser=nn.Identity()), num_steps).times
+        times = ProbabilityFlow(DiffusionPrior(1, T), num_steps).times
         assert (times[0], times[-1], len(times)) == (0, T, num_steps + 1)
         assert all(t < u for t, u in itertools.pairwise(times))
         assert num_steps < T or times == list(range(T + 1))
@@ -222,7 +304,7 @@ def test_times_rise_from_0_to_T(T):
 
 
 def test_other_priors_are_an_error():
-    with one_line_value_error("prior must be a DiffusionPrior, got GaussianPrior: prior_log_prob"):
+    with one_line_value_error("prior must be a DiffusionPrior, got GaussianPrior: use sample"):
         ProbabilityFlow(GaussianPrior(2))
 
 
@@ -247,7 +329,7 @@ def test_latents_that_are_not_finite_are_an_error(device, value):
 def test_steps_that_are_too_long_are_an_error(device):
     prior = random_prior(device)
     with torch.no_grad():
-        prior.denoiser.last.weight *= 100
+        prior.denoiser.backbone.net.last.weight *= 100
     with one_line_value_error("num_steps=1 is too small for this denoiser: .* up to T = 20"):
         z_0 = torch.randn(9, 2, dtype=torch.float64, device=device)
         ProbabilityFlow(prior, num_steps=1).log_prob(z_0)

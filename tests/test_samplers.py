@@ -6,14 +6,18 @@ import itertools
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from errors import one_line_value_error
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior
-from pyro_vaediff.bench import LinearGaussian
-from pyro_vaediff.sampling.samplers import ddim, interpolate, reconstruct, sample, trajectory
+from pyro_vaediff.denoise import BetaTilde
+from pyro_vaediff.nn import TimeAdapter
+from pyro_vaediff.sampling import ddim, interpolate, point, reconstruct, sample, trajectory
+from pyro_vaediff.schedules import LinearSchedule, make_schedule
+from pyro_vaediff.testing import LinearGaussian
 
 N = 20_000
 
@@ -27,8 +31,8 @@ class Zero(nn.Module):
         self.visited = []
 
     def forward(self, z, t):
-        self.visited.append(t)
-        return torch.zeros_like(z).repeat_interleave(self.num_outputs, dim=-1)
+        self.visited.append(int(t[0]))
+        return (torch.zeros_like(z),) * self.num_outputs
 
 
 class GaussianDenoiser(nn.Module):
@@ -54,7 +58,7 @@ class GaussianDenoiser(nn.Module):
         self.weight, self.bias = (nn.Parameter(torch.stack(x)) for x in (weights, biases))
 
     def forward(self, z, t):
-        return z @ self.weight[t].mT + self.bias[t]
+        return (self.weight[t] @ z.unsqueeze(-1)).squeeze(-1) + self.bias[t]
 
 
 def gaussian_data(device):
@@ -65,14 +69,13 @@ def gaussian_data(device):
 
 def gaussian_prior(device, T, reverse_variance="beta", schedule="linear"):
     r"""Returns a prior with the best denoiser for Gaussian data."""
+    schedule = make_schedule(schedule, T)
+    net = GaussianDenoiser(*gaussian_data("cpu"), schedule.original("betas"), reverse_variance)
+    backbone = TimeAdapter(net, schedule, "index")
     prior = DiffusionPrior(
-        2, T, schedule, nn.Identity(), parameterization="mu", reverse_variance=reverse_variance
+        2, T, schedule, backbone, parameterization="mu", reverse_variance=reverse_variance
     )
-    prior = prior.double().to(device)
-    prior.denoiser = GaussianDenoiser(
-        *gaussian_data(device), prior.schedule.betas, reverse_variance
-    )
-    return prior
+    return prior.double().to(device)
 
 
 def assert_law(z, mean, cov, tolerance=1e-10, target=0.02):
@@ -94,11 +97,11 @@ def exact_law(prior, steps):
 
 
 def ancestral_steps(prior):
-    betas, net = prior.schedule.betas, prior.denoiser
+    betas, net = prior.schedule.betas, prior.denoiser.backbone.net
     abar = torch.cumprod(1 - betas, 0)
     for t in range(prior.num_timesteps, 0, -1):
         variance = betas[t]
-        if prior.reverse_variance == "beta_tilde" and t > 1:
+        if isinstance(prior.denoiser.variance, BetaTilde) and t > 1:
             variance = betas[t] * (1 - abar[t - 1]) / (1 - abar[t])
         skip = (1 - variance).sqrt() * torch.eye(2).to(betas)
         yield skip + net.weight[t], net.bias[t], variance
@@ -124,15 +127,10 @@ def ddim_steps(prior, times, eta):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_fresh_prior_samples_from_a_standard_normal(device, schedule, reverse_variance):
     # The default denoiser starts at zero as well, but takes its time.
-    zero = Zero(2 if reverse_variance == "learned" else 1)
+    schedule = make_schedule(schedule, 50)
+    zero = TimeAdapter(Zero(2 if reverse_variance == "learned" else 1), schedule, "index")
     prior = DiffusionPrior(2, 50, schedule, zero, reverse_variance=reverse_variance).to(device)
     assert_law(sample(prior, N), torch.zeros(2).to(device), torch.eye(2).to(device), 1e-6)
-
-
-def test_the_default_denoiser_is_zero_at_the_start(device):
-    prior = DiffusionPrior(3, 5).to(device)
-    assert (prior.denoiser(torch.randn(4, 3, device=device), 2) == 0).all()
-    assert sample(prior, 7).shape == (7, 3)
 
 
 def test_priors_with_one_site(device):
@@ -192,7 +190,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_beta_tilde(device, monkeypat
     # For any network: here, a random one. The steps are compared draw by draw.
     T = 12
     prior = DiffusionPrior(2, T, reverse_variance="beta_tilde", parameterization="eps")
-    nn.init.normal_(prior.denoiser.outputs.weight, std=0.1)
+    nn.init.normal_(prior.denoiser.backbone.outputs.weight, std=0.1)
     prior = prior.double().to(device)
     noise = iter(list(torch.randn(T, 5, 2, dtype=torch.float64, device=device)))
     draws = []
@@ -217,14 +215,78 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_beta_tilde(device, monkeypat
 
 
 def test_ddim_visits_every_time_once(device):
-    prior = DiffusionPrior(1, 60).to(device)
+    schedule = LinearSchedule(60)
     for num_steps in (1, 2, 7, 31, 59, 60):
-        prior.denoiser = Zero()
+        net = Zero()
+        prior = DiffusionPrior(1, 60, schedule, TimeAdapter(net, schedule, "index")).to(device)
+        net.visited.clear()
         ddim(prior, 1, num_steps)
-        visited = prior.denoiser.visited
-        assert len(visited) == num_steps
-        assert visited[0] == 60
-        assert sorted(set(visited), reverse=True) == visited
+        assert len(net.visited) == num_steps
+        assert net.visited[0] == 60
+        assert sorted(set(net.visited), reverse=True) == net.visited
+
+
+# --- Events of any shape, and context -------------------------------------------------------------
+
+
+class Reshaped(nn.Module):
+    r"""A network of flat latents for those of another shape, shifted by a context."""
+
+    def __init__(self, net, shift=0.0):
+        super().__init__()
+        self.net = net
+        shift = torch.as_tensor(shift, dtype=torch.float64)
+        self.shift = nn.Parameter(shift, requires_grad=False)
+
+    def forward(self, z, t, c=None):
+        shift = self.shift if c is None else c @ self.shift
+        return (self.net(z.flatten(1), t) + shift).reshape(z.shape)
+
+
+def shaped_priors(device, context=False):
+    r"""Returns a prior of flat latents, and the same prior of latents with shape (1, 2, 1).
+
+    With a context, the second one has one-hot labels, and the first is that of the last label.
+    """
+    flat, T = gaussian_prior(device, 12), 12
+    shift = torch.tensor([[-1.0, 2.0], [0.3, 0.1]], dtype=torch.float64) if context else 0.0
+    net = Reshaped(flat.denoiser.backbone.net, shift)
+    shaped = DiffusionPrior(
+        (1, 2, 1),
+        T,
+        flat.schedule,
+        TimeAdapter(net, flat.schedule, "index"),
+        parameterization="mu",
+        context_features=2 if context else 0,
+    )
+    if context:
+        net = Reshaped(flat.denoiser.backbone.net, shift[1])
+        backbone = TimeAdapter(net, flat.schedule, "index")
+        flat = DiffusionPrior(2, T, flat.schedule, backbone, parameterization="mu")
+    return flat.double().to(device), shaped.double().to(device)
+
+
+SAMPLERS = {
+    "sample": sample,
+    "trajectory": lambda *args, **kwargs: trajectory(*args, num_frames=4, **kwargs)[1],
+    "ddim": lambda *args, **kwargs: ddim(*args, num_steps=5, eta=0.5, **kwargs),
+}
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_of_another_shape_and_with_a_context(device, name, context):
+    flat, shaped = shaped_priors(device, context)
+    c = {"c": torch.tensor([[0.0, 1.0]]).to(flat.origin).expand(7, 2)} if context else {}
+    torch.manual_seed(3)
+    expected = SAMPLERS[name](flat, 7)
+    torch.manual_seed(3)
+    z = SAMPLERS[name](shaped, 7, **c)
+    assert z.shape[-4:] == (7, 1, 2, 1)
+    torch.testing.assert_close(z, expected.reshape(z.shape), atol=1e-10, rtol=0)
+    if context:
+        torch.manual_seed(3)
+        assert (SAMPLERS[name](shaped, 7, c=c["c"].flip(1)) - z).abs().max() > 0.1
 
 
 # --- Frames ---------------------------------------------------------------------------------------
@@ -257,7 +319,10 @@ def test_frames_have_the_laws_of_their_times(device):
 
 @pytest.fixture
 def vae(device):
-    encoder, decoder = LinearGaussian(3, 2, log_scale=-0.5), LinearGaussian(2, 3, log_scale=0.0)
+    encoder, decoder = (
+        LinearGaussian((3,), (2,), log_scale=-0.5),
+        LinearGaussian((2,), (3,), log_scale=0.0),
+    )
     return VAE(encoder, decoder, GaussianPrior(2)).double().to(device)
 
 
@@ -272,6 +337,44 @@ def test_reconstructions_and_interpolations(vae, device):
     for frame, w in zip(frames, (0, 0.25, 0.5, 0.75, 1), strict=True):  # a linear decoder
         mix = (1 - w) * expected[0] + w * expected[1]
         torch.testing.assert_close(frame, mix, atol=1e-10, rtol=0)
+
+
+class Conditional(nn.Module):
+    r"""A network whose mean is shifted by its context, for latents with shape (2, 1)."""
+
+    def __init__(self, net, shapes):
+        super().__init__()
+        self.net, self.shapes = net, shapes
+
+    def forward(self, x, c):
+        p = self.net(x.reshape(-1, *self.shapes[0]))
+        loc = (p.mean + c).reshape(-1, *self.shapes[1])
+        return dist.Normal(loc, 1.0).to_event(len(self.shapes[1]))
+
+
+def test_interpolations_with_a_context_and_an_event_shape(vae, device):
+    x, y = torch.randn(2, 4, 3, dtype=torch.float64, device=device)
+    c = torch.arange(4.0, dtype=torch.float64, device=device).unsqueeze(-1)
+    other = VAE(
+        Conditional(vae.encoder, ((3,), (2, 1))),
+        Conditional(vae.decoder, ((2,), (3,))),
+        GaussianPrior((2, 1)).double().to(device),
+    )
+    expected = [vae.decoder(vae.encoder(v).mean + c).mean + c for v in (x, y)]
+    torch.testing.assert_close(reconstruct(other, x, c), expected[0], atol=1e-10, rtol=0)
+    frames = interpolate(other, x, y, num_frames=3, c=c)
+    torch.testing.assert_close(frames[0], expected[0], atol=1e-10, rtol=0)
+    torch.testing.assert_close(frames[1], sum(expected) / 2, atol=1e-10, rtol=0)
+
+
+def test_a_point_is_a_mean_or_a_mode_or_a_sample():
+    class WithMode(dist.TorchDistribution):
+        mode = torch.tensor(2.0)
+
+    flow = dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.TanhTransform())
+    assert point(dist.Beta(1.0, 3.0)) == 0.25
+    assert point(WithMode(validate_args=False)) == 2
+    assert -1 < point(flow) < 1
 
 
 # --- Programs and errors --------------------------------------------------------------------------

@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pyro
-import pyro.infer
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..train.optim import TorchOptim, per_datum
 from ..vae import VAE
 
-__all__ = ["count_evaluations", "peak_memory", "step_times", "svi_step"]
+__all__ = ["count_evaluations", "peak_memory", "step_times", "whole_step"]
 
 
 @contextmanager
@@ -33,17 +32,19 @@ def count_evaluations(vae: VAE) -> Iterator[dict[str, int]]:
         A context, inside of which the counts of ``"encoder"``, ``"decoder"`` and ``"denoiser"``
         add up: one for each image, latent or :math:`z_t`.
     """
-    dims = {"encoder": 3, "decoder": 1, "denoiser": 1}
     networks = {
-        "encoder": vae.encoder, "decoder": vae.decoder, "denoiser": vae.prior.denoiser
+        "encoder": vae.encoder, "decoder": vae.decoder, "denoiser": vae.prior.denoiser.backbone
     }  # fmt: skip
+    latent = vae.prior.event_dim
+    dims = {"encoder": None, "decoder": latent, "denoiser": latent}
     counts = dict.fromkeys(networks, 0)
 
     def hook(name: str) -> Callable:
         def count(module: torch.nn.Module, args: tuple) -> None:
-            x = args[0]
-            event_dims = min(dims[name], x.ndim - 1)
-            counts[name] += x.shape[: x.ndim - event_dims].numel()
+            shape, event_dim = args[0].shape, dims[name]
+            # Data come in one batch, latents in any.
+            batch = shape[:1] if event_dim is None else shape[: len(shape) - event_dim]
+            counts[name] += batch.numel()
 
         return count
 
@@ -111,8 +112,8 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     return memory.peak
 
 
-def svi_step(elbo: ELBO, vae: VAE, x: Tensor) -> Callable[[], object]:
-    r"""Returns a whole training step, with Pyro's SVI and Adam, which leaves the VAE as it is.
+def whole_step(elbo: ELBO, vae: VAE, x: Tensor) -> Callable[[], object]:
+    r"""Returns a whole training step: loss, gradient, clipping, Adam. It leaves the VAE as it is.
 
     Arguments:
         elbo: The estimator.
@@ -120,16 +121,21 @@ def svi_step(elbo: ELBO, vae: VAE, x: Tensor) -> Callable[[], object]:
         x: The data, with shape :math:`(B, *)`.
     """
     # Adam computes all the same if its learning rate is zero.
-    adam = torch.optim.Adam(vae.parameters(), lr=0.0)
-    for parameter in vae.parameters():  # its state is there before the first step
+    parameters = list(vae.parameters())
+    adam = torch.optim.Adam(parameters, lr=0.0)
+    for parameter in parameters:  # its state is there before the first step
         parameter.grad = torch.zeros_like(parameter)
     adam.step()
-    optim = TorchOptim(adam, clip_norm=1e6)
-    svi = pyro.infer.SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=elbo)
+    adam.zero_grad()
+    model, guide = (poutine.scale(p, scale=1 / len(x)) for p in (vae.model, vae.guide))
 
-    def step() -> object:
+    def step() -> float:
         with pyro.get_param_store().scope():
-            return svi.step(x)
+            loss = elbo.loss_and_grads(model, guide, x)
+        torch.nn.utils.clip_grad_norm_(parameters, 1e6)
+        adam.step()
+        adam.zero_grad()
+        return loss
 
     return step
 

@@ -113,9 +113,9 @@ class _One(Proposal):
         super().__init__()
         self.t = t
 
-    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
-        probs = prior.origin.new_zeros(prior.num_timesteps + 1 - first)
-        probs[self.t - first] = 1.0
+    def forward(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
+        probs = prior.schedule.betas.new_zeros(prior.num_timesteps - 1)
+        probs[self.t - 2] = 1.0
         return probs
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
@@ -22,9 +23,8 @@ from torch import Tensor
 from ..infer import Timestep_ELBO, particle_options
 from ..testing.oracle import Oracle
 from ..vae import VAE
-from .cost import count_evaluations, peak_memory, step_times, svi_step
-from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
-from .entries import BASELINE, Entry
+from .cost import count_evaluations, peak_memory, step_times, whole_step
+from .entry import Entry
 from .gradients import Draws, draw, noise_of
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 
 ANTITHETIC_PAIRS = particle_options(2) | {"antithetic": True}
 MODULES = ("encoder", "decoder", "prior")
-Record = dict[str, object]
+Record = dict[str, Any]
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def training_step(entry: Entry, vae: VAE, x: Tensor) -> Callable[[], object]:
         vae: The VAE.
         x: The data, with shape :math:`(B, *)`.
     """
-    step = svi_step(entry.make(), vae, x)
+    step = whole_step(entry.make(), vae, x)
 
     def ordered() -> object:
         with guide_order(vae, entry.order):
@@ -165,12 +165,8 @@ def measure(
         "predicted_bias_se": 0.0,
         "sd": values.std().item(),
     }
-    if entry.counterexample:
-        if isinstance(elbo, NoisyIWAE):
-            pool = max(4, count // 8)
-            predicted = [log_mean_exp_bias(elbo, vae, x, pool) for _ in range(min_draws)]
-        else:
-            predicted = mean_field_bias(vae, x, entry.order, draws=max(4, count // 4)).tolist()
+    if entry.predict is not None:
+        predicted = entry.predict(elbo, vae, x, count)
         record["predicted_bias"] = statistics.mean(predicted)
         record["predicted_bias_se"] = statistics.stdev(predicted) / len(predicted) ** 0.5
     for module in MODULES:
@@ -261,14 +257,19 @@ def minibatch_noise(vae: VAE, batches: Sequence[Tensor]) -> dict[str, float]:
     return {n: max(0.0, p.sum().item() / (len(batches) - 1)) for n, p in products.items()}
 
 
-def add_merits(records: Sequence[Record]) -> None:
-    r"""Adds to each record how many times better its variance × time is than the baseline's."""
-    baseline = next((r for r in records if r["estimator"] == BASELINE), None)
-    if baseline is None:
-        raise ValueError(f"records must hold the baseline {BASELINE!r}, to compare the others with")
+def add_merits(records: Sequence[Record], baseline: str) -> None:
+    r"""Adds to each record how many times better its variance × time is than the baseline's.
+
+    Arguments:
+        records: The records, with costs.
+        baseline: The name of the estimator that the others are compared with.
+    """
+    reference = next((r for r in records if r["estimator"] == baseline), None)
+    if reference is None:
+        raise ValueError(f"records must hold the baseline {baseline!r}, to compare the others with")
     for record in records:
         for module in MODULES:
-            products = [r[f"{module}_variance"] * r["ms"] for r in (baseline, record)]
+            products = [r[f"{module}_variance"] * r["ms"] for r in (reference, record)]
             record[f"{module}_merit"] = products[0] / products[1] if products[1] else math.inf
 
 

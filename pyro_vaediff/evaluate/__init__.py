@@ -1,11 +1,16 @@
 r"""The numbers of a model: bounds, likelihoods, ELBO surgery and Fréchet distances."""
 
-from .elbo import evaluate, evaluating, in_batches, preprocess, value_elbo
+from .elbo import evaluate, evaluating, in_batches, kl_by_timestep, preprocess, value_elbo
 from .features import EXTRACTORS, Extractor, load_extractor
-from .frechet import FeatureStatistics, feature_statistics, frechet_distance
-from .likelihood import bits_per_dim, importance_weighted_bound
-from .log_likelihood import importance_log_likelihood, log_likelihood, prior_log_prob
-from .statistics import image_statistics, reference_statistics
+from .frechet import FeatureStatistics, frechet_distance
+from .likelihood import (
+    bits_per_dim,
+    importance_log_likelihood,
+    importance_weighted_bound,
+    log_likelihood,
+    prior_log_prob,
+)
+from .statistics import frechet_distances, image_statistics, reference_statistics
 from .surgery import Estimate, Surgery, aggregate_log_prob, chain_log_prob, elbo_surgery
 
 __all__ = [
@@ -20,12 +25,13 @@ __all__ = [
     "elbo_surgery",
     "evaluate",
     "evaluating",
-    "feature_statistics",
     "frechet_distance",
+    "frechet_distances",
     "image_statistics",
     "importance_log_likelihood",
     "importance_weighted_bound",
     "in_batches",
+    "kl_by_timestep",
     "load_extractor",
     "log_likelihood",
     "preprocess",

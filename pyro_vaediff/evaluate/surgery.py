@@ -20,8 +20,9 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -31,10 +32,10 @@ from torch import Tensor
 from ..arguments import check_choice, check_whole
 from ..diffusion import base_normal
 from ..infer import Timestep_ELBO, elbo_terms
-from ..priors import DiffusionPrior
-from ..vae import VAE
-from .elbo import evaluating, in_batches, value_elbo
-from .log_likelihood import prior_log_prob
+from ..priors import Prior
+from ..vae import VAE, call
+from .elbo import Data, evaluating, in_batches, value_elbo
+from .likelihood import prior_log_prob
 
 __all__ = ["Estimate", "Surgery", "aggregate_log_prob", "chain_log_prob", "elbo_surgery"]
 
@@ -44,7 +45,7 @@ CHUNK = 2**22  # pairs of a latent and a component that are evaluated at once: 3
 
 
 class Estimate(NamedTuple):
-    r"""A Monte Carlo estimate in nats, and its standard error given the images."""
+    r"""A Monte Carlo estimate in nats, and its standard error given the data."""
 
     mean: float
     se: float
@@ -52,9 +53,9 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Surgery:
-    r"""The parts of the KL term over :math:`N` images, in nats per datum."""
+    r"""The parts of the KL term over :math:`N` data, in nats per datum."""
 
-    #: :math:`I_q(n; z_0)`, the mutual information of the latents and the images' index.
+    #: :math:`I_q(n; z_0)`, the mutual information of the latents and the index of their datum.
     mutual_information: Estimate
     #: :math:`\mathrm{KL}(q(z_0) \,\|\, p(z_0))`, or an upper bound on it.
     marginal_kl: Estimate
@@ -62,9 +63,9 @@ class Surgery:
     total_kl: Estimate
     #: :math:`\log N`, which :math:`I_q` cannot exceed: close to it, it says little about the model.
     max_mutual_information: float
-    #: The number of latent dimensions whose posterior mean has a variance above 0.01.
+    #: The number of latent elements whose posterior mean has a variance above 0.01.
     active_units: int
-    #: The variances of :math:`E_q[z_0 | x_n]` over the images, with shape :math:`(D,)`.
+    #: The variances of :math:`E_q[z_0 | x_n]` over the data, with the event shape of the latents.
     mean_variances: Tensor
     #: Whether the KLs are upper bounds, as :math:`\log p(z_0)` is that of a chain.
     is_bound: bool
@@ -73,160 +74,215 @@ class Surgery:
 @torch.no_grad()
 def elbo_surgery(
     vae: VAE,
-    images: Tensor,
-    levels: int,
+    data: Data,
     *,
+    c: Tensor | None = None,
     log_prior: str = "chain",
     num_samples: int = 2,
     elbo: Timestep_ELBO | None = None,
     batch_size: int = 100,
     seed: int = 0,
     progress: bool = False,
-    **flow_options,
+    **flow_options: Any,
 ) -> Surgery:
     r"""Estimates the mutual information and the marginal KL that the KL term consists of.
 
-    The latents are samples of each :math:`q(z_0 | x_n)`, and :math:`\log q(z_0)` is exact. The
-    entropy of :math:`q(z_0 | x_n)` is known, so that :math:`\log q(z_0 | x_n) + \mathrm{H}[q(z_0 |
-    x_n)]` has mean zero. The estimates subtract as much of it as lowers their variance most: all
-    of it where posteriors overlap, and none where they do not and the mutual information is
-    :math:`\log N` without any noise.
+    The latents are samples of each :math:`q(z_0 | x_n)`, and :math:`\log q(z_0)` is exact. If the
+    entropy of :math:`q(z_0 | x_n)` is known, :math:`\log q(z_0 | x_n) + \mathrm{H}[q(z_0 | x_n)]`
+    has mean zero. The estimates subtract as much of it as lowers their variance most: all of it
+    where posteriors overlap, and none where they do not and the mutual information is :math:`\log
+    N` without any noise.
 
     Arguments:
-        vae: The VAE, with a diagonal Gaussian encoder. It is evaluated in eval mode, on the device
-            of its parameters.
-        images: The images, uint8 with shape :math:`(N, C, H, W)`. All quantities are those of this
-            set.
-        levels: The number of values of a pixel.
+        vae: The VAE. It is evaluated in eval mode, on the device of its parameters.
+        data: The data, see :func:`~pyro_vaediff.evaluate.in_batches`. All quantities are those of
+            this set.
+        c: The context, with shape :math:`(N, *)`. The KLs are then those to :math:`p(z_0 | c_n)`.
         log_prior: What :math:`\log p(z_0)` is for a diffusion prior: ``"chain"`` for the lower
             bound of :func:`chain_log_prob`, which makes the marginal and the total KL *upper
             bounds* (the total is the KL term of the ELBO as it is trained), or ``"flow"`` for the
             exact density of another model, that of the
             :class:`~pyro_vaediff.sampling.ProbabilityFlow`. Other priors have an exact
             density, and no use for this.
-        num_samples: The number of latents of each image, at least 2 for standard errors.
+        num_samples: The number of latents of each datum, at least 2 for standard errors.
         elbo: The estimator of the chain's bound. By default, from 32 timesteps per latent.
-        batch_size: The number of images that are evaluated at once.
+        batch_size: The number of data that are evaluated at once.
         seed: The seed of dequantization and latents. The global generators are restored.
         progress: Whether to show a progress bar.
         flow_options: The options of the probability flow.
 
     Returns:
-        The parts, with standard errors of the sampling of latents for the given images.
+        The parts, with standard errors of the sampling of latents for the given data.
 
     Raises:
-        ValueError: If the encoder is not a diagonal Gaussian, or an argument is out of range.
+        ValueError: If an argument is out of range.
     """
     check_choice("log_prior", log_prior, LOG_PRIORS)
     check_whole("num_samples", num_samples, least=2, why=" for standard errors")
-    is_bound = isinstance(vae.prior, DiffusionPrior) and log_prior == "chain"
     elbo = value_elbo() if elbo is None else elbo
-    columns: list[tuple[Tensor, ...]] = []
-    with evaluating(vae, seed) as device:
-        for x in in_batches(vae, images, levels, batch_size, device, progress and "ELBO surgery"):
-            q_z0 = vae.encode(x)
-            normals = base_normal(q_z0)
-            if normals is None:
-                raise ValueError(
-                    f"vae.encoder must return a diagonal Gaussian, whose entropy is known, got "
-                    f"{type(q_z0).__name__}: use Normal(loc, scale).to_event(1)"
+    posteriors, columns, is_bound = [], [], False
+    with evaluating(vae, seed):
+        for x, c_x in in_batches(vae, data, c, batch_size, progress and "ELBO surgery"):
+            q_z0 = call(vae.encoder, x, c_x)
+            z_0 = q_z0.sample((num_samples,))
+            try:
+                log_p = vae.prior.log_prob(z_0, c_x)
+            except NotImplementedError:
+                is_bound = log_prior == "chain"
+                log_p = (
+                    chain_log_prob(vae.prior, z_0, elbo, c_x)
+                    if is_bound
+                    else prior_log_prob(vae.prior, z_0, c_x, **flow_options)
                 )
-            z_0, shape = q_z0.sample((num_samples,)), q_z0.batch_shape + q_z0.event_shape
-            flat = z_0.flatten(0, 1)
-            log_p = (
-                chain_log_prob(vae.prior, flat, elbo)
-                if is_bound
-                else prior_log_prob(vae.prior, flat, **flow_options)
-            )
-            # Images come first, so that batches can be joined.
-            columns.append(
-                (
-                    normals.loc.expand(shape).double(),
-                    normals.scale.expand(shape).double(),
-                    z_0.transpose(0, 1).double(),
-                    log_p.unflatten(0, (num_samples, len(x))).mT.double(),
-                )
-            )
-    loc, scale, z_0, log_p = (torch.cat(parts) for parts in zip(*columns, strict=True))
-
-    log_q = aggregate_log_prob(z_0.flatten(0, 1), loc, scale).unflatten(0, log_p.shape)
-    posterior = dist.Normal(loc, scale).to_event(1)
-    log_q_x = posterior.log_prob(z_0.transpose(0, 1)).mT
-    control = log_q_x + posterior.entropy().unsqueeze(-1)
-    variances = loc.var(0, correction=0)
+            q_z0, z_0 = in_float64(q_z0, z_0)
+            posteriors.append(q_z0)
+            log_q_x = q_z0.log_prob(z_0)
+            parts = z_0, log_q_x, log_p, control(q_z0, log_q_x)
+            # Data come first, so that batches can be joined.
+            columns.append([part.transpose(0, 1) for part in parts])
+    z_0, log_q_x, log_p, noise = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    log_q = aggregate_log_prob(z_0.flatten(0, 1), posteriors).unflatten(0, log_p.shape)
+    variances = mean_variances(z_0, posteriors)
     return Surgery(
-        mutual_information=estimate(log_q_x - log_q, control),
-        marginal_kl=estimate(log_q - log_p, control),
-        total_kl=estimate(log_q_x - log_p, control),
-        max_mutual_information=math.log(len(images)),
+        mutual_information=estimate(log_q_x - log_q, noise),
+        marginal_kl=estimate(log_q - log_p, noise),
+        total_kl=estimate(log_q_x - log_p, noise),
+        max_mutual_information=math.log(len(z_0)),
         active_units=int((variances > ACTIVE).sum()),
         mean_variances=variances.cpu(),
         is_bound=is_bound,
     )
 
 
-def chain_log_prob(prior: DiffusionPrior, z_0: Tensor, elbo: Timestep_ELBO) -> Tensor:
-    r"""Estimates a lower bound on :math:`\log p(z_0)` of the chain of a diffusion prior, in nats.
+def chain_log_prob(
+    prior: Prior, z_0: Tensor, elbo: Timestep_ELBO, c: Tensor | None = None
+) -> Tensor:
+    r"""Returns estimates of a lower bound on :math:`\log p(z_0)` of a diffusion prior, in nats.
 
     .. math:: \log p(z_0) \geq E_{q(z_{1:T} | z_0)}\left[ \log \frac{p(z_{0:T})}{q(z_{1:T} | z_0)}
         \right]
 
     Arguments:
         prior: The prior.
-        z_0: The latents, with shape :math:`(B, D)`.
+        z_0: The latents, with shape :math:`(*, *\mathrm{event})`.
         elbo: The estimator, given :math:`z_0`. It is unbiased for the bound of each latent.
+        c: The context, with shape :math:`(B, *)`, for the last dimension of the batch.
 
     Returns:
-        The estimates, with shape :math:`(B,)`.
+        The estimates, with shape :math:`(*)`.
     """
+    batch = z_0.shape[: z_0.ndim - prior.event_dim]
+    flat = z_0.reshape(-1, *prior.event_shape)
+    c = None if c is None else c.expand(batch + c.shape[1:]).flatten(0, len(batch) - 1)
 
     def model() -> None:
-        with pyro.plate("data", len(z_0), dim=-1):
-            prior.model()
+        with pyro.plate("data", len(flat), dim=-1):
+            prior.model(c)
 
     def guide() -> None:
-        # An encoder that is sure: its density is 1 by convention, and no part of the bound.
-        with pyro.plate("data", len(z_0), dim=-1):
-            prior.guide(dist.Delta(z_0, event_dim=1))
+        # A point mass: its log-density is zero, so it drops out of the bound.
+        with pyro.plate("data", len(flat), dim=-1):
+            prior.guide(dist.Delta(flat, event_dim=prior.event_dim), c)
 
     terms = elbo_terms(model, guide, elbo=elbo)
-    return -sum(term.sum(0) if term.ndim > 1 else term for term in terms.values())
+    parts = [term.sum(0) if term.ndim > 1 else term for term in terms.values()]
+    return -torch.stack(parts).sum(0).reshape(batch)
 
 
-def aggregate_log_prob(z_0: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    r"""Returns the log-density of an equal mixture of diagonal Gaussians.
+def aggregate_log_prob(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]) -> Tensor:
+    r"""Returns the log-density of an equal mixture of distributions.
 
     Arguments:
-        z_0: The points, with shape :math:`(M, D)`, best in float64.
-        loc: The means of the components, with shape :math:`(N, D)`.
-        scale: Their standard deviations, with the same shape.
+        z_0: The points, with shape :math:`(M, *\mathrm{event})`, best in float64.
+        posteriors: Batches of components, :math:`N` in all.
 
     Returns:
-        The log-densities in nats, with shape :math:`(M,)`. The memory does not depend on :math:`M`.
+        The log-densities in nats, with shape :math:`(M,)`. For diagonal Gaussians, the memory does
+        not depend on :math:`M`.
 
     Example:
-        >>> loc, scale = torch.zeros(3, 2), torch.ones(3, 2)
-        >>> aggregate_log_prob(torch.zeros(1, 2), loc, scale)
+        >>> posterior = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+        >>> aggregate_log_prob(torch.zeros(1, 2), [posterior])
         tensor([-1.8379])
     """
-    # The square of (z - m) / s as products of matrices, about the centre for the sake of digits.
-    centre = loc.mean(0)
-    z_0, loc, precision = z_0 - centre, loc - centre, scale.square().reciprocal()
+    number = sum(q.batch_shape.numel() for q in posteriors)
+    densities = [component_log_probs(q) for q in posteriors]
+    return torch.cat(
+        [
+            torch.cat([density(z) for density in densities], -1).logsumexp(-1) - math.log(number)
+            for z in z_0.split(max(1, CHUNK // number))
+        ]
+    )
+
+
+def component_log_probs(q: dist.TorchDistribution) -> Callable[[Tensor], Tensor]:
+    r"""Returns a function of points, with shape (M, *event), to their log-densities under each of
+    the components, with shape (M, B)."""
+    normals = base_normal(q)
+    if normals is None:
+        return lambda z: q.log_prob(z.unsqueeze(1))
+    # The square of (z - m) / s as products of matrices, about the center for the sake of digits.
+    shape, first = q.batch_shape + q.event_shape, len(q.batch_shape)
+    loc, scale = (x.expand(shape).flatten(first) for x in (normals.loc, normals.scale))
+    center = loc.mean(0)
+    loc, precision = loc - center, scale.square().reciprocal()
     constant = (loc.square() * precision / 2 + scale.log() + math.log(2 * math.pi) / 2).sum(-1)
     linear = (loc * precision).mT
-    chunks = [
-        torch.logsumexp(z @ linear - z.square() @ (precision.mT / 2) - constant, dim=-1)
-        for z in z_0.split(max(1, CHUNK // len(loc)))
-    ]
-    return torch.cat(chunks) - math.log(len(loc))
+
+    def log_probs(z: Tensor) -> Tensor:
+        z = z.flatten(1) - center
+        return z @ linear - z.square() @ (precision.mT / 2) - constant
+
+    return log_probs
 
 
-def estimate(values: Tensor, control: Tensor) -> Estimate:
-    r"""Returns the mean of values with shape (N, S), given a control variate of mean zero."""
-    # Images are given, samples are not: only deviations within an image are noise. Slopes are
-    # linear in the values, so that the estimate of a sum is the sum of the estimates.
-    deviations = control - control.mean(1, keepdim=True)
-    slope = (values * deviations).sum() / deviations.square().sum()
-    values = values - slope * control
-    se = (values.var(1).mean() / values.numel()).sqrt()
-    return Estimate(float(values.mean()), float(se))
+def in_float64(q: dist.TorchDistribution, z: Tensor) -> tuple[dist.TorchDistribution, Tensor]:
+    r"""Returns a diagonal Gaussian and its values in float64, and any other one as they are."""
+    normals = base_normal(q)
+    if normals is None:
+        return q, z
+    shape = q.batch_shape + q.event_shape
+    loc, scale = (x.expand(shape).double() for x in (normals.loc, normals.scale))
+    return dist.Normal(loc, scale).to_event(len(q.event_shape)), z.double()
+
+
+def control(q: dist.TorchDistribution, log_prob: Tensor) -> Tensor:
+    r"""Returns a control variate: log-densities less their mean, or zero if it is not known."""
+    try:
+        return log_prob + q.entropy()
+    except NotImplementedError:
+        return torch.zeros_like(log_prob)
+
+
+def mean_variances(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]) -> Tensor:
+    r"""Returns the variances of the posterior means over the data, or estimates from samples."""
+    try:
+        return torch.cat([q.mean.double() for q in posteriors]).var(0, correction=0)
+    except NotImplementedError:
+        noise = z_0.var(1).mean(0) / z_0.shape[1]
+        return z_0.mean(1).var(0, correction=0) - noise
+
+
+def estimate(values: Tensor, noise: Tensor) -> Estimate:
+    r"""Returns the mean of values, less some of a control variate, and its standard error.
+
+    Arguments:
+        values: The values, with shape :math:`(N, S)`, of which only the samples are random.
+        noise: The control variate of mean zero, with the same shape.
+    """
+    # Data are given, samples are not: only deviations within a datum are noise. Slopes are linear
+    # in the values, so that the estimate of a sum is the sum of the estimates.
+    values, noise = values.double(), noise.double()
+    deviations = noise - noise.mean(1, keepdim=True)
+    products, squares = (values * deviations).sum(1), deviations.square().sum(1)
+    # A slope hides the noise of the values that it is fitted to. Hence the standard error is that
+    # of slopes which are fitted to the other data.
+    of_others = slope(products.sum() - products, squares.sum() - squares).unsqueeze(1)
+    se = ((values - of_others * noise).var(1).mean() / values.numel()).sqrt()
+    return Estimate(
+        float((values - slope(products.sum(), squares.sum()) * noise).mean()), float(se)
+    )
+
+
+def slope(product: Tensor, square: Tensor) -> Tensor:
+    return torch.where(square > 0, product / square, 0.0)

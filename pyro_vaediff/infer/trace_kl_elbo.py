@@ -153,6 +153,9 @@ class TraceKL_ELBO(TermsELBO):
             guide = Antithetic(*self.mirrored_plates)(guide)
         guide_trace = trace(guide).get_trace(*args, **kwargs)
         model_trace = trace(replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        for name, site in model_trace.nodes.items():
+            if site["type"] == "sample" and not site["is_observed"]:
+                check_guide_has(name, guide_trace)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         model_trace = prune_subsample_sites(model_trace)
@@ -180,7 +183,7 @@ class TraceKL_ELBO(TermsELBO):
                 role = site["infer"].get("role", "observed")
                 yield Term(name, -log_prob(site), role, site)
                 continue
-            q = guide_site(name, guide_trace)
+            q = guide_trace.nodes[name]
             role = q["infer"].get("role", "latent")
             if q["mask"] is False or role == "nuisance":
                 continue
@@ -199,14 +202,13 @@ class TraceKL_ELBO(TermsELBO):
                 yield Term(f"-H[{name}]", negative_entropy(site, self.entropy), "entropy", site)
 
 
-def guide_site(name: str, guide_trace: Trace) -> dict[str, Any]:
-    r"""Returns the site of the guide that a latent site of the model has its value from."""
+def check_guide_has(name: str, guide_trace: Trace) -> None:
+    r"""Raises a ``ValueError`` unless the guide has a latent site of the model."""
     if name not in guide_trace.nodes:
         raise ValueError(
             f"the guide has no site {name!r}, which the model samples: with a diffusion prior, the "
             "guide must call prior.guide(q_z0); for an AutoGuide use pyro.infer.Trace_ELBO"
         )
-    return guide_trace.nodes[name]
 
 
 def closed_form_kl(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:

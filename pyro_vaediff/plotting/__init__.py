@@ -12,26 +12,14 @@ References:
 
 from .animation import Animation, animate
 from .charts import plot_elbo_terms, plot_history, plot_kl_by_timestep
-from .estimators import (
-    pareto_front,
-    plot_convergence,
-    plot_gradient_noise,
-    plot_pareto,
-    plot_training,
-)
 from .images import save_image_grid, save_panels, save_reconstructions, save_strip
 
 __all__ = [
     "Animation",
     "animate",
-    "pareto_front",
-    "plot_convergence",
     "plot_elbo_terms",
-    "plot_gradient_noise",
     "plot_history",
     "plot_kl_by_timestep",
-    "plot_pareto",
-    "plot_training",
     "save_image_grid",
     "save_panels",
     "save_reconstructions",

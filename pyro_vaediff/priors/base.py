@@ -3,7 +3,7 @@ r"""The contract of a prior: a pair of Pyro programs which agree on their latent
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -91,6 +91,9 @@ class Prior(nn.Module, ABC):
             The log-densities, with shape :math:`(*)`.
         """
         return self.distribution(c).log_prob(z_0)
+
+    def bind(self, encoder: Callable[[Tensor], dist.TorchDistribution] | None) -> None:
+        r"""Is told the encoder of its VAE, and each new one; most priors have no use for it."""
 
     def initialize(self, x: Tensor) -> None:
         r"""Starts from training data where a prior has a use for them; most have none.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_whole
-from ..nn.scale import bounded_scale
+from ..nn.scale import bounded_scale, upcast
 from ..register import register
 from .base import Prior
 
@@ -27,37 +27,39 @@ class MixturePrior(Prior):
     :math:`\mathcal{N}(0, I)`.
 
     Arguments:
-        latent_dim: The number of latent dimensions :math:`D`.
+        event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
         num_components: The number of components :math:`K`.
 
     Example:
-        >>> prior = MixturePrior(latent_dim=5, num_components=3)
+        >>> prior = MixturePrior(5, num_components=3)
         >>> prior.distribution()
         MixtureSameFamily(
           Categorical(logits: torch.Size([3])),
           Independent(Normal(loc: torch.Size([3, 5]), scale: torch.Size([3, 5])), 1))
     """
 
-    spread = 0.5  # of the means; their variance and that of a component add up to one
-    floor = 1e-2  # of the standard deviations
+    # The standard deviation of the means. Their variance and that of a component add up to one.
+    spread = 0.5
+    floor = 1e-2  # the smallest standard deviation
 
-    def __init__(self, latent_dim: int, num_components: int = 500):
-        super().__init__(latent_dim)
+    def __init__(self, event_shape: int | Sequence[int], num_components: int = 500):
+        super().__init__(event_shape)
         check_whole("num_components", num_components)
         self.logits = nn.Parameter(torch.zeros(num_components))
-        self.loc = nn.Parameter(self.spread * torch.randn(num_components, latent_dim))
+        self.loc = nn.Parameter(self.spread * torch.randn(num_components, *self.event_shape))
         scale = math.sqrt(1 - self.spread**2) - self.floor
         raw = math.log(math.expm1(scale)) - math.log(math.expm1(1))
-        self.raw_scale = nn.Parameter(torch.full((num_components, latent_dim), raw))
+        self.raw_scale = nn.Parameter(torch.full((num_components, *self.event_shape), raw))
 
     def distribution(self, c: Tensor | None = None) -> dist.MixtureSameFamily:
-        r"""Returns :math:`p(z_0)`, whose log-density is exact."""
-        components = dist.Normal(self.loc, bounded_scale(self.raw_scale, self.floor)).to_event(1)
-        return GaussianMixture(dist.Categorical(logits=self.logits), components)
+        r"""Returns :math:`p(z_0)`, whose log-density is exact; the context has no part in it."""
+        scale = bounded_scale(upcast(self.raw_scale), self.floor)
+        components = dist.Normal(upcast(self.loc), scale).to_event(self.event_dim)
+        return GaussianMixture(dist.Categorical(logits=upcast(self.logits)), components)
 
     def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)
-        return pyro.sample("z_0", self.distribution())
+        return pyro.sample("z_0", self.distribution(c))
 
 
 class GaussianMixture(dist.MixtureSameFamily):
@@ -70,10 +72,13 @@ class GaussianMixture(dist.MixtureSameFamily):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        normals = self.component_distribution.base_dist
-        precision = normals.scale.square().reciprocal()
-        exponent = value @ (normals.loc * precision).mT - value.square() @ precision.mT / 2
-        constant = (normals.loc.square() * precision / 2 + normals.scale.log()).sum(-1)
+        normals, value = self.component_distribution.base_dist, value.flatten(-self.event_dim)
+        loc, scale = normals.loc.flatten(1), normals.scale.flatten(1)
+        precision = scale.square().reciprocal()
+        # In half precision, as autocast has it, the exponent would be wrong by many nats.
+        with torch.autocast(value.device.type, enabled=False):
+            exponent = value @ (loc * precision).mT - value.square() @ precision.mT / 2
+        constant = (loc.square() * precision / 2 + scale.log()).sum(-1)
         constant = constant + self.event_shape.numel() * math.log(2 * math.pi) / 2
         log_weights = self.mixture_distribution.logits.log_softmax(-1)
         return torch.logsumexp(exponent + log_weights - constant, -1)
@@ -93,8 +98,9 @@ class VampPrior(Prior):
 
     Arguments:
         encoder: The encoder :math:`q_\psi(z_0 | x)` of the VAE. It stays the VAE's own: the prior
-            only refers to it, and its parameters are not among the prior's.
-        latent_dim: The number of latent dimensions :math:`D`.
+            only refers to it, and its parameters are not among the prior's. A VAE hands its encoder
+            to its prior, so that ``None`` will do.
+        event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
         image_shape: The shape :math:`(C, H, W)` of an image.
         num_components: The number of pseudo-inputs :math:`K`. The encoder sees all of them in each
             training step.
@@ -107,21 +113,25 @@ class VampPrior(Prior):
 
     def __init__(
         self,
-        encoder: Callable[[Tensor], dist.TorchDistribution],
-        latent_dim: int,
+        encoder: Callable[[Tensor], dist.TorchDistribution] | None,
+        event_shape: int | Sequence[int],
         image_shape: Sequence[int],
         num_components: int = 500,
         support: tuple[float, float] = (-1.0, 1.0),
     ):
-        super().__init__(latent_dim)
+        super().__init__(event_shape)
         check_whole("num_components", num_components)
         if not support[0] < support[1]:
             raise ValueError(f"support must be an interval (low, high), got {support}")
-        # In a tuple, the encoder is not registered as a part of the prior.
-        self._encoder = (encoder,)
+        self.bind(encoder)
         self.support = support
         noise = torch.rand(num_components, *image_shape)
         self.pseudo_inputs = nn.Parameter(support[0] + (support[1] - support[0]) * noise)
+
+    def bind(self, encoder: Callable[[Tensor], dist.TorchDistribution] | None) -> None:
+        r"""Refers to another encoder, such as that of the VAE it becomes a part of."""
+        # In a tuple, the encoder is not registered as a part of the prior.
+        self._encoder = (encoder,)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -137,16 +147,18 @@ class VampPrior(Prior):
         self.pseudo_inputs[: len(x)] = x
 
     def distribution(self, c: Tensor | None = None) -> dist.MixtureSameFamily:
-        r"""Returns :math:`p(z_0)`, whose log-density is exact."""
+        r"""Returns :math:`p(z_0)`, whose log-density is exact; the context has no part in it."""
         # The gradient of a clamped pseudo-input is zero, and it could never come back: hence the
         # clamped value with the gradient of the unclamped one.
         u = self.pseudo_inputs
         u = u + (u.clamp(*self.support) - u).detach()
-        components = self._encoder[0](u)
+        if (encoder := self._encoder[0]) is None:
+            raise ValueError("a VampPrior needs an encoder: make it a part of a VAE first")
+        components = encoder(u)
         self.check_posterior(components)
-        weights = dist.Categorical(logits=self.origin.new_zeros(len(u)))
+        weights = dist.Categorical(logits=upcast(self.origin).new_zeros(len(u)))
         return dist.MixtureSameFamily(weights, components)
 
     def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)
-        return pyro.sample("z_0", self.distribution())
+        return pyro.sample("z_0", self.distribution(c))

@@ -1,6 +1,14 @@
 r"""Samples of priors and of VAEs, and the probability flow of a diffusion prior."""
 
 from .probability_flow import ProbabilityFlow
-from .samplers import ddim, interpolate, reconstruct, sample, trajectory
+from .samplers import ddim, interpolate, point, reconstruct, sample, trajectory
 
-__all__ = ["ProbabilityFlow", "ddim", "interpolate", "reconstruct", "sample", "trajectory"]
+__all__ = [
+    "ProbabilityFlow",
+    "ddim",
+    "interpolate",
+    "point",
+    "reconstruct",
+    "sample",
+    "trajectory",
+]

@@ -28,7 +28,7 @@ class ModelConfig:
         prior_width: The width of the hidden layers of a flow's or a diffusion prior's networks, or
             ``None`` for that of their own.
         denoiser: The network of a diffusion prior, a key of
-            :data:`~pyro_vaediff.nn.denoiser.DENOISERS`.
+            :data:`~pyro_vaediff.train.build.DENOISERS`.
         num_timesteps: The number of steps :math:`T` of a diffusion prior.
         schedule: The variance schedule of a diffusion prior.
         beta_min: The first of the thousand variances of the linear schedule.
@@ -89,6 +89,11 @@ class TrainConfig:
             evaluated and kept; 0 for none.
         precision: ``"float32"``, ``"float64"``, or ``"bf16"`` for autocast of the convolutions.
         seed: The seed of everything random.
+        max_steps: The number of steps after which training ends at the latest, if given.
+        max_seconds: The time after which training ends at the latest, if given, validation
+            included.
+        patience: The number of epochs without a better validation loss after which training ends.
+        validate_every: The number of epochs from one validation to the next.
     """
 
     epochs: int = 100
@@ -104,8 +109,17 @@ class TrainConfig:
     ema: float = 0.0
     precision: str = "float32"
     seed: int = 0
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    patience: int | None = None
+    validate_every: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("max_steps", "patience", "validate_every"):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value)
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be positive, got {self.max_seconds!r}")
         for name in ("epochs", "batch_size", "lr", "prior_lr"):
             value = getattr(self, name)
             if name == "epochs" and value == 0 < self.prior_epochs:

@@ -2,8 +2,10 @@ r"""Training with Pyro's SVI: minibatches, validation, the best model, checkpoin
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,33 +13,33 @@ from typing import Any
 import pyro
 import pyro.infer
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import check_whole
-from ..data import ImageData, batches, load
-from ..data.groups import list_name
-from ..evaluate.elbo import evaluate, preprocess, value_elbo
-from ..files import load_checkpoint, remove_unfinished, save_checkpoint, write_csv
-from ..infer import Timestep_ELBO, TraceKL_ELBO
-from ..priors import DiffusionPrior, GaussianPrior, VampPrior
+from ..data import ImageData, batches
+from ..evaluate import evaluate, preprocess, value_elbo
+from ..files import remove_unfinished, write_csv
+from ..priors import GaussianPrior
 from ..vae import VAE
 from . import distributed
 from .build import make_vae
 from .config import ModelConfig, TrainConfig
-from .optim import SVI, TorchOptim, per_datum
+from .optim import TorchOptim, WeightAverage, learning_rate, make_svi, parameter_groups, per_datum
+from .runs import (
+    BEST,
+    CHECKPOINT,
+    METRICS,
+    compare_settings,
+    describe_elbo,
+    fitting_weights,
+    load_run,
+    save_checkpoint,
+)
 
-__all__ = ["NonFiniteError", "Trainer", "load_data", "load_vae"]
+__all__ = ["NonFiniteError", "Trainer"]
 
-CHECKPOINT, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.csv"
-# What every checkpoint of a run has, and what its parts have at least.
-PARTS: dict[str, set[str]] = {
-    "model_config": {"prior", "image_shape"},
-    "train_config": {"precision"},
-    "data": {"dataset"},
-    "vae": set(),
-}
+Record = dict[str, float]
 
 
 class NonFiniteError(RuntimeError):
@@ -45,17 +47,18 @@ class NonFiniteError(RuntimeError):
 
 
 class Trainer:
-    r"""A training run, from its start or from its last checkpoint.
+    r"""A training run of any VAE, from its start or from its last checkpoint.
 
     It is one run in all processes of a :func:`~pyro_vaediff.train.distributed.process_group`:
     each has a trainer with the same arguments, and computes its share of every batch. The main
     process writes the files.
 
     Arguments:
-        model_config: What to train.
-        train_config: How to train it.
+        vae: The VAE, which is moved to the device and trained in place.
+        data: The images. What is needed are tensors ``train`` and ``validation``, of images in
+            ``uint8`` that ``vae.space`` converts, or of data in x-space.
         elbo: The estimator to train with.
-        data: The images.
+        config: How to train.
         device: Where to train.
         out: The run directory, for ``checkpoint.pt``, ``best.pt`` and ``metrics.csv``; ``None`` to
             write nothing.
@@ -63,142 +66,158 @@ class Trainer:
             initialization.
         init: A run directory or a checkpoint, whose encoder and decoder this run starts from, and
             whose prior if it is of the same kind.
+        model_config: What the VAE was made from, for :func:`~pyro_vaediff.train.load_vae`. Without
+            one, :func:`~pyro_vaediff.train.load_weights` loads the weights.
+        make_optimizer: A function from groups of parameters, each with its ``"lr"``, to a torch
+            optimizer; by default AdamW without weight decay.
+        on_epoch: What to do with the record of each epoch in the main process.
 
     Raises:
-        ValueError: If a configuration is not valid, not for the estimator or not for ``init``.
+        ValueError: If the arguments do not fit each other.
+
+    Example:
+        A callback that writes to TensorBoard::
+
+            writer = torch.utils.tensorboard.SummaryWriter("runs/mine")
+
+            def log(record):
+                for name, value in record.items():
+                    writer.add_scalar(name, value, record["epoch"])
+
+            Trainer(vae, data, Timestep_ELBO(), on_epoch=log, out="runs/mine").fit()
+
+        With Weights & Biases, ``on_epoch=wandb.log`` is all.
     """
 
     def __init__(
         self,
-        model_config: ModelConfig,
-        train_config: TrainConfig,
+        vae: VAE,
+        data: ImageData | Any,
         elbo: pyro.infer.ELBO,
-        data: ImageData,
+        config: TrainConfig | None = None,
         device: torch.device | str = "cpu",
         out: str | Path | None = None,
         snapshots: Iterable[int] = (),
         init: str | Path | None = None,
+        *,
+        model_config: ModelConfig | None = None,
+        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        on_epoch: Callable[[Record], object] | None = None,
     ):
-        for name, mine, theirs in (
-            ("image_shape", tuple(model_config.image_shape), data.image_shape),
-            ("levels", model_config.levels, data.levels),
-        ):
-            if mine != theirs:
-                raise ValueError(f"{name} must be that of the data, {theirs}, got {mine}")
+        self.config = config = TrainConfig() if config is None else config
         if not isinstance(elbo, pyro.infer.ELBO):
             raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
-        torch.manual_seed(train_config.seed)
-        self.model_config, self.config, self.elbo, self.data = (
-            model_config, train_config, elbo, data
-        )  # fmt: skip
+        levels = getattr(data, "levels", None)
+        if vae.space is not None and levels not in (None, vae.space.levels):
+            raise ValueError(
+                f"levels of vae.space must be that of the data, {levels}, got {vae.space.levels}"
+            )
         self.device = torch.device(device)
+        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
+        self.vae, self.data, self.elbo = vae.to(self.device, self.dtype), data, elbo
+        self.model_config, self.on_epoch = model_config, on_epoch
         self.out = None if out is None else Path(out)
         self.snapshots = frozenset(snapshots)
-        for epoch in self.snapshots:
-            check_whole("each of snapshots", epoch, least=0)
-        self.dtype = torch.float64 if train_config.precision == "float64" else torch.float32
-        self.vae = make_vae(model_config).to(self.device, self.dtype)
-        self.history: list[dict[str, float]] = []
+        self.history: list[Record] = []
+        self.steps, self.seconds = 0, 0.0
 
-        if isinstance(elbo, Timestep_ELBO) and isinstance(self.vae.prior, DiffusionPrior):
-            elbo.weighting.check(self.vae.prior, elbo.collapse.conditioning)
-
-        self.batch_size = min(train_config.batch_size, len(data.train))
+        self.batch_size = min(config.batch_size, len(data.train))
         if self.batch_size < distributed.size():
             raise ValueError(
                 f"batch_size must be at least the number of processes, {distributed.size()}, got "
                 f"{self.batch_size} ({len(data.train)} training images)"
             )
         self.steps_per_epoch = len(data.train) // self.batch_size
+        self.total_epochs = self.count_epochs()
         self.initialize(init)
-        distributed.broadcast_([*self.vae.parameters(), *self.vae.buffers()])
-        self.optim = self.make_optim()
-        vae = self.vae
-        gaussian = GaussianPrior(model_config.latent_dim).to(vae.prior.origin)
+        distributed.broadcast_([*vae.parameters(), *vae.buffers()])
+        groups = parameter_groups(vae, config)
+        make = make_optimizer or (lambda groups: torch.optim.AdamW(groups, weight_decay=0.0))
+        optimizer, factor = make(groups), learning_rate(config, self.steps_per_epoch)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.optim = TorchOptim(optimizer, config.clip_norm, scheduler)
+
+        gaussian = GaussianPrior(vae.prior.event_shape).to(vae.prior.origin)
         first = VAE(vae.encoder, vae.decoder, gaussian)
         self.svi, self.gaussian_svi, self.prior_svi = (
-            SVI(*(per_datum(program, self.batch_size) for program in programs), self.optim, elbo)
+            make_svi(*(per_datum(p, self.batch_size) for p in programs), self.optim, elbo)
             for programs in (
                 (vae.model, vae.guide),
                 (first.model, first.guide),
                 (vae.prior_model, vae.prior_guide),
             )
         )
-        self.total_epochs = train_config.epochs
-        if any(True for _ in vae.prior.parameters()):  # there is something to train
-            self.total_epochs += train_config.prior_epochs
-        elif not train_config.epochs:
-            raise ValueError(
-                f"epochs must be positive, got 0: a {model_config.prior} prior has no parameters"
-            )
-        if max(self.snapshots, default=0) > self.total_epochs:
-            raise ValueError(
-                f"each of snapshots must be at most the number of epochs, {self.total_epochs}, got "
-                f"{max(self.snapshots)}"
-            )
-        self.average = None
-        if train_config.ema:
-            self.average = WeightAverage(self.vae, train_config.ema)
+        self.average = WeightAverage(vae, config.ema) if config.ema else None
         # Whatever draws random numbers between here and `fit` does not change the run.
+        torch.manual_seed(config.seed)
         self._rng = self.rng_state()
 
+    @classmethod
+    def from_config(
+        cls,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        elbo: pyro.infer.ELBO,
+        data: ImageData,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Trainer:
+        r"""Returns the run of a VAE that is made from its configuration, and from the seed.
+
+        Arguments:
+            model_config: What to train.
+            config: How to train it.
+            elbo: The estimator to train with.
+            data: The images.
+            args: Further arguments of :class:`Trainer`, from ``device`` on.
+            kwargs: Further keyword arguments of :class:`Trainer`.
+        """
+        for name, mine, theirs in (
+            ("image_shape", tuple(model_config.image_shape), data.image_shape),
+            ("levels", model_config.levels, data.levels),
+        ):
+            if mine != theirs:
+                raise ValueError(f"{name} must be that of the data, {theirs}, got {mine}")
+        torch.manual_seed(config.seed)
+        vae = make_vae(model_config)
+        return cls(vae, data, elbo, config, *args, model_config=model_config, **kwargs)
+
+    def count_epochs(self) -> int:
+        r"""Returns the number of epochs, after a look at whether there is something to train."""
+        config, total = self.config, self.config.epochs
+        if any(True for _ in self.vae.prior.parameters()):
+            total += config.prior_epochs
+        elif not config.epochs:
+            raise ValueError(
+                f"epochs must be positive, got 0: a {type(self.vae.prior).__name__} has no "
+                "parameters"
+            )
+        for epoch in self.snapshots:
+            check_whole("each of snapshots", epoch, least=0)
+        if max(self.snapshots, default=0) > total:
+            raise ValueError(
+                f"each of snapshots must be at most the number of epochs, {total}, got "
+                f"{max(self.snapshots)}"
+            )
+        return total
+
     def initialize(self, init: str | Path | None) -> None:
-        r"""Puts the model where training starts, if that is not a random draw."""
+        r"""Starts from another run, and the prior from training data if it has a use for them."""
         if init is not None:
-            # A prior of another kind has other parameters, and starts afresh.
             state = distributed.from_main(lambda: load_run(init))
-            prior = state["model_config"]["prior"]
-            kept = {
-                name: value
-                for name, value in state["vae"].items()
-                if prior == self.model_config.prior or not name.startswith("prior.")
-            }
-            groups = state["data"]["groups"]
-            if groups != self.data.groups:
+            groups, own = state["data"].get("groups"), getattr(self.data, "groups", None)
+            if groups != own:
                 raise ValueError(
                     f"cannot start from {init}: it was trained on other splits, and may have seen "
-                    f"the test images (groups={groups}, not {self.data.groups})"
+                    f"the test images (groups={groups}, not {own})"
                 )
-            try:
-                missing, _ = self.vae.load_state_dict(kept, strict=False)
-                if any(not name.startswith("prior.") for name in missing):
-                    raise RuntimeError(f"it lacks {missing[0]}")
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"cannot start from {init}: other networks ({reason})") from error
-        if isinstance(self.vae.prior, VampPrior) and (init is None or prior != "vamp"):
-            first = self.data.train[: self.model_config.num_components].to(self.device)
-            self.vae.prior.initialize(preprocess(self.vae, first, self.data.levels))
-
-    def make_optim(self) -> TorchOptim:
-        r"""Returns Adam with the learning rates of the configuration, as functions of the step."""
-        config, prior = self.config, list(self.vae.prior.parameters())
-        known, lr, decay = set(prior), config.prior_lr or config.lr, config.prior_weight_decay
-        decayed = [p for p in prior if decay and p.ndim >= 2]
-        others = [p for p in prior if not (decay and p.ndim >= 2)]
-        groups = [
-            {"params": [p for p in self.vae.parameters() if p not in known]},
-            {"params": others, "lr": lr},
-            {"params": decayed, "lr": lr, "weight_decay": decay},
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
-        joint, alone = (
-            max(1, epochs * self.steps_per_epoch) for epochs in (config.epochs, config.prior_epochs)
-        )
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-            if config.lr_schedule == "constant":
-                return warm
-            start = config.epochs * self.steps_per_epoch
-            done = (step - start) / alone if step >= start else step / joint
-            return warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return TorchOptim(optimizer, config.clip_norm, scheduler)
-
-    # Training -------------------------------------------------------------------------------------
+            if fitting_weights(self.vae, state["vae"], init):
+                return
+        pseudo_inputs = getattr(self.vae.prior, "pseudo_inputs", ())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            x = preprocess(self.vae, self.data.train[: max(1, len(pseudo_inputs))])
+        self.vae.prior.initialize(x)
 
     def fit(self, progress: bool = True) -> VAE:
         r"""Trains until the last epoch and returns the best model, in eval mode.
@@ -217,31 +236,40 @@ class Trainer:
             remove_unfinished(self.out)
         if not self.history:
             self.save_snapshot()
-        total, done = self.total_epochs, len(self.history)
         bar = tqdm(
-            total=total * self.steps_per_epoch,
-            initial=done * self.steps_per_epoch,
+            total=self.total_epochs * self.steps_per_epoch,
+            initial=len(self.history) * self.steps_per_epoch,
             unit="step",
             disable=not (progress and distributed.is_main()),
             dynamic_ncols=True,
         )
         # Parameters are registered in a store of this run's own, not in Pyro's global one.
         with bar, pyro.get_param_store().scope():
-            for epoch in range(done + 1, total + 1):
-                bar.set_description(f"epoch {epoch}/{total}")
+            while not self.is_finished():
+                start, epoch = time.perf_counter(), len(self.history) + 1
+                bar.set_description(f"epoch {epoch}/{self.total_epochs}")
                 record = {"epoch": epoch} | self.train_epoch(bar)
-                record["validation"] = self.validate()
-                if not math.isfinite(record["validation"]):
-                    raise NonFiniteError(
-                        f"the validation loss is {record['validation']} after epoch {epoch}"
-                        f"{self.whereabouts()}"
-                    )
+                record["validation"] = self.validate(epoch)
                 self.history.append(record)
+                self.seconds += time.perf_counter() - start
                 self._rng = self.rng_state()
                 self.save()
+                if self.on_epoch is not None and distributed.is_main():
+                    self.on_epoch(record)
         return self.best_model()
 
-    def train_epoch(self, bar: tqdm) -> dict[str, float]:
+    def is_finished(self) -> bool:
+        r"""Returns whether the budget is spent, or validation has not improved for too long."""
+        config, done = self.config, len(self.history)
+        stale = done - self.best_epoch() if done else 0
+        return (
+            done >= self.total_epochs
+            or (config.max_steps is not None and self.steps >= config.max_steps)
+            or (config.max_seconds is not None and self.seconds >= config.max_seconds)
+            or (config.patience is not None and stale >= config.patience)
+        )
+
+    def train_epoch(self, bar: tqdm) -> Record:
         r"""Trains for an epoch and returns the mean of each term of the loss."""
         self.vae.train()
         svi, done = self.svi, len(self.history)
@@ -255,23 +283,15 @@ class Trainer:
         bf16 = self.config.precision == "bf16"
         # Reading a value waits for a GPU, hence only now and then.
         check_every = 1 if self.device.type == "cpu" else 20
-        total, loader = None, batches(
-            self.data.train,
-            self.batch_size,
-            shuffle=True,
-            device=self.device,
-            drop_last=True,
-            flip=self.data.horizontal_flip,
-            generator=self.seed_epoch(),
-            rank=distributed.rank(),
-            size=distributed.size(),
-        )  # fmt: skip
-        for step, batch in enumerate(loader, start=1):
-            x = preprocess(self.vae, batch, self.data.levels)
+        total, step, deadline = None, 0, time.perf_counter() + self.remaining_seconds()
+        for batch in self.batches():
+            x = preprocess(self.vae, batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                terms = svi.step(x)
+                svi.step(x)
+            step, self.steps = step + 1, self.steps + 1
             if self.average is not None:
-                self.average.update_parameters(self.vae)
+                self.average.update(self.vae)
+            terms = svi.loss.terms
             values = torch.stack([*terms.values(), self.optim.grad_norm])
             # A sum remembers that one of its terms was not finite.
             total = values if total is None else total + values
@@ -279,12 +299,33 @@ class Trainer:
                 self.check_finite(terms, total.tolist(), step)
                 bar.set_postfix_str(describe(terms), refresh=False)
             bar.update()
+            if self.steps == self.config.max_steps or time.perf_counter() > deadline:
+                break
         self.synchronize()
-        means = (total / self.steps_per_epoch).tolist()
-        # Of the prior alone there is no reconstruction, hence no sum.
+        means = (total / step).tolist()
+        # The prior alone has no reconstruction, hence no negative ELBO.
         record = {} if svi is self.prior_svi else {"train": sum(means[:-1])}
         record["grad_norm"] = means[-1]
-        return record | {f"train {name}": mean for name, mean in zip(terms, means, strict=False)}
+        return record | {f"train {n}": mean for n, mean in zip(terms, means, strict=False)}
+
+    def batches(self) -> Iterable[Tensor]:
+        r"""Returns the batches of an epoch, or this process's parts of them."""
+        return batches(
+            self.data.train,
+            self.batch_size,
+            shuffle=True,
+            device=self.device,
+            drop_last=True,
+            flip=getattr(self.data, "horizontal_flip", False),
+            generator=self.seed_epoch(),
+            rank=distributed.rank(),
+            size=distributed.size(),
+        )
+
+    def remaining_seconds(self) -> float:
+        r"""Returns what is left of the budget in seconds."""
+        budget = self.config.max_seconds
+        return math.inf if budget is None else budget - self.seconds
 
     def seed_epoch(self) -> torch.Generator | None:
         r"""Gives each of several processes its own noise, and all of them the same order of images.
@@ -304,21 +345,19 @@ class Trainer:
         Their weights took the same steps; the statistics of BatchNorm and a proposal that learns
         have seen their own images.
         """
-        models = [self.vae] if self.average is None else [self.vae, self.average]
-        tensors = [tensor for model in models for tensor in model.state_dict().values()]
-        if isinstance(self.elbo, Timestep_ELBO):
-            tensors += self.elbo.state_dict().values()
+        tensors = list(self.vae.state_dict().values())
+        if self.average is not None:
+            tensors += self.average.values.values()
+        tensors += self.elbo_state().values()
         distributed.broadcast_(tensors)
 
-    def check_finite(self, terms: dict[str, Tensor], total: list[float], step: int) -> None:
+    def check_finite(self, terms: Iterable[str], total: list[float], step: int) -> None:
         r"""Raises a :class:`NonFiniteError` that names the terms which are not finite."""
         names = [*terms, "the norm of the gradient"]
-        broken = [
-            name for name, value in zip(names, total, strict=True) if not math.isfinite(value)
-        ]
+        broken = {n: v for n, v in zip(names, total, strict=True) if not math.isfinite(v)}
         if broken:
             step += len(self.history) * self.steps_per_epoch
-            values = ", ".join(f"{name} = {total[names.index(name)]}" for name in broken)
+            values = ", ".join(f"{name} = {value}" for name, value in broken.items())
             raise NonFiniteError(
                 f"step {step} (epoch {len(self.history) + 1}) is not finite: {values}"
                 f"{self.whereabouts()}; try a smaller lr or clip_norm"
@@ -329,31 +368,64 @@ class Trainer:
             return "; no checkpoint was written yet"
         return f"; the last good checkpoint is {self.out / CHECKPOINT} (epoch {len(self.history)})"
 
-    def validate(self) -> float:
+    def validate(self, epoch: int) -> float:
         r"""Returns the negative ELBO of the validation images, in nats per datum.
 
         The bound is estimated from 32 timesteps per datum with the same random numbers in every
-        epoch, such that models are compared and not their noise.
+        epoch, such that models are compared and not their noise. Epochs that are not validated have
+        the loss of the one before.
+
+        Arguments:
+            epoch: The number of the epoch, from 1.
         """
-        model = self.vae if self.average is None else self.average.module
-        images, seed = distributed.share(self.data.validation), 0
+        if epoch % self.config.validate_every and epoch < self.total_epochs and self.history:
+            return self.history[-1]["validation"]
+        data, seed = distributed.share(self.data.validation), 0
         if distributed.size() > 1:
             seed = distributed.fold_seed(0, distributed.rank())
-        options = {"batch_size": max(self.batch_size, 100), "seed": seed}
         loss = torch.zeros((), dtype=torch.float64)
-        if len(images):  # or there are more processes than images
-            terms = evaluate(model, images, self.data.levels, value_elbo(), **options)
-            loss += sum(terms.values()) * (len(images) / len(self.data.validation))
+        if len(data):  # or there are more processes than images
+            size = max(self.batch_size, 100)
+            terms = evaluate(self.current(), data, value_elbo(), batch_size=size, seed=seed)
+            loss += sum(terms.values()) * (len(data) / len(self.data.validation))
         distributed.sum_([loss])
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the validation loss is {float(loss)} after epoch {epoch}{self.whereabouts()}"
+            )
         return float(loss)
 
-    # Checkpoints ----------------------------------------------------------------------------------
+    def current(self) -> VAE:
+        r"""Returns the model that is evaluated: the VAE, or one with the averaged weights."""
+        if self.average is None:
+            return self.vae
+        vae = copy.deepcopy(self.vae)
+        vae.load_state_dict(self.weights())
+        return vae
+
+    def weights(self) -> dict[str, Tensor]:
+        r"""Returns a copy of the weights that are evaluated and kept."""
+        state = self.vae.state_dict()
+        if self.average is not None:
+            state = self.average.weights(self.vae)
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def best_epoch(self) -> int:
+        r"""Returns the epoch with the lowest validation loss, counted from 1."""
+        losses = [record["validation"] for record in self.history]
+        return 1 + losses.index(min(losses))
+
+    def best_model(self) -> VAE:
+        r"""Returns a copy of the best model so far, in eval mode."""
+        vae = copy.deepcopy(self.vae)
+        vae.load_state_dict(self._best)
+        return vae.requires_grad_(True).eval()
+
+    # The files of the run, in an order in which a run that is killed repeats its last epoch at
+    # most.
 
     def save(self) -> None:
-        r"""Writes the metrics, the model if it is the best one, and the checkpoint, in this order.
-
-        A run that is killed in between repeats its last epoch, to the same result.
-        """
+        r"""Writes the metrics, the model if it is the best one, and the checkpoint."""
         is_best = self.best_epoch() == len(self.history)
         if is_best:
             self._best = self.weights()
@@ -363,7 +435,8 @@ class Trainer:
         if is_best:
             self.save_best()
         self.save_snapshot()
-        save_checkpoint(self.out / CHECKPOINT, self.describe() | self.state_dict())
+        history = {"history": self.history, "best_epoch": self.best_epoch()}
+        save_checkpoint(self.out / CHECKPOINT, self.settings() | history | self.state_dict())
 
     def save_best(self) -> None:
         r"""Writes the best model so far, as it was written after its epoch."""
@@ -378,52 +451,35 @@ class Trainer:
             state = self.settings() | {"epoch": epoch, "vae": self.weights()}
             save_checkpoint(self.out / f"epoch-{epoch}.pt", state)
 
-    def weights(self) -> dict[str, Tensor]:
-        r"""Returns a copy of the weights that are evaluated and kept."""
-        model = self.vae if self.average is None else self.average.module
-        return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-
-    def best_epoch(self) -> int:
-        r"""The epoch with the lowest validation loss, counted from 1."""
-        losses = [record["validation"] for record in self.history]
-        return 1 + losses.index(min(losses))
-
-    def best_model(self) -> VAE:
-        r"""Returns a copy of the best model so far, in eval mode."""
-        vae = make_vae(self.model_config).to(self.device, self.dtype)
-        vae.load_state_dict(self._best)
-        return vae.eval()
-
     def settings(self) -> dict[str, dict[str, Any]]:
         r"""Returns what a run has in common with the run that resumes it."""
-        model = asdict(self.model_config) | {"image_shape": list(self.model_config.image_shape)}
+        model = {} if self.model_config is None else asdict(self.model_config)
         return {
-            "model_config": model,
+            "model_config": {k: list(v) if isinstance(v, tuple) else v for k, v in model.items()},
             "train_config": asdict(self.config),
             "data": {
-                "dataset": self.data.name,
+                "dataset": getattr(self.data, "name", type(self.data).__name__),
                 "train_images": len(self.data.train),
-                "groups": self.data.groups,
+                "groups": getattr(self.data, "groups", None),
             },
             "estimator": describe_elbo(self.elbo),
         }
 
-    def describe(self) -> dict[str, Any]:
-        return self.settings() | {"history": self.history, "best_epoch": self.best_epoch()}
-
     def state_dict(self) -> dict[str, Any]:
         r"""Returns everything that the rest of the run depends on."""
-        state: dict[str, Any] = {
+        return {
             "vae": self.vae.state_dict(),
             "best": self._best,
             "optim": self.optim.get_state(),
             "rng": self._rng,
+            "spent": {"steps": self.steps, "seconds": self.seconds},
+            "average": {} if self.average is None else self.average.state_dict(),
+            "elbo": self.elbo_state(),
         }
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
-        if isinstance(self.elbo, Timestep_ELBO):
-            state["elbo"] = self.elbo.state_dict()
-        return state
+
+    def elbo_state(self) -> dict[str, Tensor]:
+        r"""Returns what the estimator has learned; one of Pyro's own learns nothing."""
+        return getattr(self.elbo, "state_dict", dict)()
 
     def rng_state(self) -> dict[str, Tensor]:
         r"""Returns the states of the random number generators that a run draws from."""
@@ -449,152 +505,26 @@ class Trainer:
         """
         if self.out is None:
             raise ValueError("out must be a run directory to resume from, got None")
-        state = distributed.from_main(lambda: load_run(self.out / CHECKPOINT))
-        for part, mine in self.settings().items():
-            for name, saved in state.get(part, {}).items():
-                # More epochs continue a run, unless its learning rate depends on their number.
-                last = "prior_epochs" if self.config.prior_epochs else "epochs"
-                if name == last and self.config.lr_schedule == "constant":
-                    continue
-                if mine.get(name) != saved:
-                    raise ValueError(
-                        f"cannot resume {self.out / CHECKPOINT} with {name}={mine.get(name)!r}: "
-                        f"the run was started with {saved!r}"
-                    )
-        for name in ("optim", "history", "best", "rng", *(["average"] if self.average else [])):
+        path = self.out / CHECKPOINT
+        state = distributed.from_main(lambda: load_run(path))
+        compare_settings(path, state, self.settings())
+        for name in ("optim", "history", "best", "rng", "spent"):
             if name not in state:
                 raise ValueError(
-                    f"cannot resume {self.out / CHECKPOINT}: it has no {name!r}, as if it were a "
-                    "model alone, such as best.pt"
+                    f"cannot resume {path}: it has no {name!r}, as if it were a model alone, such "
+                    "as best.pt"
                 )
         self.vae.load_state_dict(state["vae"])
         self.optim.set_state(state["optim"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if isinstance(self.elbo, Timestep_ELBO):
-            self.elbo.load_state_dict(state.get("elbo", {}))
-        self.history, self._best = state["history"], state["best"]
-        self._rng = state["rng"]
+        if state["elbo"]:
+            self.elbo.load_state_dict(state["elbo"])
+        self.history, self._best, self._rng = state["history"], state["best"], state["rng"]
+        self.steps, self.seconds = state["spent"]["steps"], state["spent"]["seconds"]
         if distributed.is_main():
             # It may be of an epoch that was not finished, and that now has another result.
             self.save_best()
-
-
-class WeightAverage(AveragedModel):
-    r"""An exponential moving average of a model's weights and buffers.
-
-    Arguments:
-        model: The model.
-        decay: How much of the average an update leaves.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-    def update_parameters(self, model: nn.Module) -> None:
-        r"""Moves the average towards a model; the first update copies it."""
-        # torch's own method moves its counter to the device, and waits for that in every step.
-        ours, theirs = (
-            [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
-            for module in (self.module, model)
-        )
-        if self.n_averaged == 0:
-            for mine, other in zip(ours, theirs, strict=True):
-                mine.copy_(other)
-        else:
-            for dtype in dict.fromkeys(tensor.dtype for tensor in ours):
-                lists = ([x for x in tensors if x.dtype == dtype] for tensors in (ours, theirs))
-                self.multi_avg_fn(*lists, None)
-        self.n_averaged += 1
-
-
-def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, ModelConfig]:
-    r"""Loads a trained VAE.
-
-    Arguments:
-        path: A run directory, whose best model is loaded, or a checkpoint in one.
-        device: Where the VAE goes.
-
-    Returns:
-        The VAE in eval mode, and its configuration.
-    """
-    state = load_run(path)
-    try:
-        config = ModelConfig(**state["model_config"])
-    except TypeError as error:
-        raise ValueError(f"{path} has settings of another version: {error}") from error
-    precision = state["train_config"]["precision"]
-    vae = make_vae(config).to(device, torch.float64 if precision == "float64" else torch.float32)
-    try:
-        vae.load_state_dict(state["vae"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} has weights of other networks ({reason})") from error
-    return vae.eval(), config
-
-
-def load_data(
-    path: str | Path,
-    root: str | Path = "data",
-    download: bool = True,
-    groups: str | Path | None = None,
-) -> ImageData:
-    r"""Loads the images that a VAE was trained on, in its size and channels.
-
-    Arguments:
-        path: A run directory, or a checkpoint in one.
-        root: The folder that holds the data sets, or the images themselves.
-        download: Whether to download what is missing from ``root``.
-        groups: The list of groups that the run's splits keep apart, if it had one.
-
-    Raises:
-        ValueError: If ``groups`` is not the run's own, which would give other splits.
-    """
-    state = load_run(path)
-    channels, size, _ = state["model_config"]["image_shape"]
-    name, listed = state["data"]["dataset"], state["data"]["groups"]
-    given = None if groups is None else list_name(groups)
-    if given != listed:
-        raise ValueError(
-            f"{path} has other splits: it was trained with groups={listed}, not {given}; give the "
-            "list it was trained with, if any (--groups)"
-        )
-    options = {"image_size": size, "channels": channels, "groups": groups}
-    return load(name, root, download=download, **options)
-
-
-def load_run(path: str | Path) -> dict[str, Any]:
-    r"""Loads a checkpoint of a run, with what older ones do not have."""
-    state = load_checkpoint(model_path(path))
-    for part, names in PARTS.items():
-        found = state.get(part)
-        if not isinstance(found, dict) or not names <= found.keys():
-            raise ValueError(f"{path} is no checkpoint of a run: {part!r} is missing or incomplete")
-    state["data"].setdefault("groups", None)
-    state["model_config"].setdefault("denoiser", "mlp")
-    return state
-
-
-def model_path(path: str | Path) -> Path:
-    r"""Returns the checkpoint that a path means: of a run directory, its best model."""
-    path = Path(path)
-    return path / BEST if path.is_dir() else path
-
-
-def describe_elbo(elbo: pyro.infer.ELBO) -> dict[str, Any]:
-    r"""Returns the settings of an estimator."""
-    settings = {"estimator": type(elbo).__name__, "num_particles": elbo.num_particles}
-    if isinstance(elbo, TraceKL_ELBO):
-        settings |= {"antithetic": elbo.antithetic, "entropy": elbo.entropy}
-    if isinstance(elbo, Timestep_ELBO):
-        settings |= {
-            "timesteps": "all" if elbo.proposal is None else type(elbo.proposal).__name__,
-            "k": elbo.collapse.k,
-            "conditioning": elbo.collapse.conditioning,
-            "weighting": elbo.weighting.name,
-            "low_discrepancy": elbo.collapse.low_discrepancy,
-        }
-    return settings
 
 
 def describe(terms: dict[str, Tensor]) -> str:

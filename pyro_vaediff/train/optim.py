@@ -1,4 +1,4 @@
-r"""Pyro's SVI with one torch optimizer, and the terms of the loss."""
+r"""One torch optimizer for Pyro's SVI, its learning rates, and an average of the weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from ..infer.terms import differentiable_terms
+from ..infer import differentiable_terms
+from ..vae import VAE
 from . import distributed
+from .config import TrainConfig
 
-__all__ = ["SVI", "TorchOptim", "per_datum"]
+__all__ = [
+    "TermsLoss",
+    "TorchOptim",
+    "WeightAverage",
+    "learning_rate",
+    "make_svi",
+    "parameter_groups",
+    "per_datum",
+]
 
 
 def per_datum(program: Callable, batch_size: int | None = None) -> Callable:
-    r"""Scales a program's log-densities by the size of its batch, to nats per datum.
+    r"""Returns a program whose log-densities are divided by the size of its batch.
 
     Arguments:
         program: The program, whose first argument is the batch.
@@ -27,7 +37,7 @@ def per_datum(program: Callable, batch_size: int | None = None) -> Callable:
             sum to that of the batch.
     """
 
-    def scaled(x: Tensor, *args, **kwargs) -> Any:
+    def scaled(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with poutine.scale(scale=1 / (batch_size or len(x))):
             return program(x, *args, **kwargs)
 
@@ -35,7 +45,7 @@ def per_datum(program: Callable, batch_size: int | None = None) -> Callable:
 
 
 class TorchOptim(PyroOptim):
-    r"""One torch optimizer for all parameters, in the form that Pyro's SVI expects.
+    r"""One torch optimizer for all parameters, as :class:`pyro.infer.SVI` calls one.
 
     Pyro's own optimizers hold one torch optimizer per parameter. A single one is faster, clips the
     *global* norm of the gradient, and has a state to resume from.
@@ -61,7 +71,7 @@ class TorchOptim(PyroOptim):
         #: The global norm of the last gradient, before clipping.
         self.grad_norm: Tensor | None = None
 
-    def __call__(self, params: Iterable[Tensor], *args, **kwargs) -> None:
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         r"""Takes a step. ``params`` are the parameters that the programs registered with Pyro.
 
         Raises:
@@ -75,42 +85,145 @@ class TorchOptim(PyroOptim):
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        # SVI would leave zeros, with which Adam goes on moving parameters that are frozen later.
+        self.optimizer.zero_grad()
 
-    def get_state(self) -> dict:
+    def get_state(self) -> dict[str, Any]:
         r"""Returns the state of the optimizer and of the learning rate schedule."""
         state = {"optimizer": self.optimizer.state_dict()}
         return (
             state if self.scheduler is None else state | {"scheduler": self.scheduler.state_dict()}
         )
 
-    def set_state(self, state_dict: dict) -> None:
+    def set_state(self, state_dict: dict[str, Any]) -> None:
         r"""Restores what :meth:`get_state` returned."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state_dict["scheduler"])
 
 
-class SVI(pyro.infer.SVI):
-    r"""Pyro's SVI, whose step returns each term of the loss and leaves it on its device.
+class TermsLoss:
+    r"""The loss of :class:`pyro.infer.SVI`, whose terms stay on their device.
 
     The processes of a :func:`~pyro_vaediff.train.distributed.process_group` take the same step,
     along the sum of their gradients.
+
+    Arguments:
+        elbo: The estimator.
+        optim: The optimizer.
     """
 
-    def __init__(self, model: Callable, guide: Callable, optim: TorchOptim, loss: pyro.infer.ELBO):
-        self.elbo = loss
-        super().__init__(model, guide, optim, loss=loss)
+    def __init__(self, elbo: pyro.infer.ELBO, optim: TorchOptim):
+        self.elbo, self.optim = elbo, optim
+        #: The terms of the last loss, by name.
+        self.terms: dict[str, Tensor] = {}
 
-    def step(self, *args, **kwargs) -> dict[str, Tensor]:
-        r"""Takes a gradient step and returns the terms whose sum is the loss."""
-        with poutine.trace(param_only=True) as capture:
-            terms = differentiable_terms(self.elbo, self.model, self.guide, *args, **kwargs)
-            sum(terms.values()).backward()
-        params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
-        terms = {name: term.detach() for name, term in terms.items()}
-        gradients = (p.grad for p in params if p.grad is not None)
-        distributed.sum_([*gradients, *terms.values()])
-        self.optim(params)
-        for parameter in params:
-            parameter.grad = None
-        return terms
+    def __call__(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        r"""Adds the gradient of the loss to those of the parameters, and keeps its terms."""
+        terms = differentiable_terms(self.elbo, model, guide, *args, **kwargs)
+        sum(terms.values()).backward()  # type: ignore[union-attr]
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        gradients = [p.grad for p in self.optim.parameters if p.grad is not None]
+        distributed.sum_([*gradients, *self.terms.values()])
+        return 0.0  # a number that is read from the device would have to be waited for
+
+
+def make_svi(
+    model: Callable, guide: Callable, optim: TorchOptim, elbo: pyro.infer.ELBO
+) -> pyro.infer.SVI:
+    r"""Returns Pyro's SVI, the terms of whose last loss are in ``svi.loss.terms``.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        optim: The optimizer.
+        elbo: The estimator.
+    """
+    loss = TermsLoss(elbo, optim)
+    return pyro.infer.SVI(model, guide, optim, loss, loss_and_grads=loss)
+
+
+def parameter_groups(vae: VAE, config: TrainConfig) -> list[dict[str, Any]]:
+    r"""Returns the parameters in groups of a learning rate and a weight decay each.
+
+    Arguments:
+        vae: The VAE.
+        config: The configuration.
+    """
+    prior = list(vae.prior.parameters())
+    known, lr, decay = set(prior), config.prior_lr or config.lr, config.prior_weight_decay
+    decayed = [p for p in prior if decay and p.ndim >= 2]
+    others = [p for p in prior if not (decay and p.ndim >= 2)]
+    groups = [
+        {"params": [p for p in vae.parameters() if p not in known], "lr": config.lr},
+        {"params": others, "lr": lr},
+        {"params": decayed, "lr": lr, "weight_decay": decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    r"""Returns the factor of the learning rates as a function of the step.
+
+    Arguments:
+        config: The configuration.
+        steps_per_epoch: The number of steps in an epoch.
+    """
+    joint, alone = (
+        max(1, epochs * steps_per_epoch) for epochs in (config.epochs, config.prior_epochs)
+    )
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        if config.lr_schedule == "constant":
+            return warm
+        start = config.epochs * steps_per_epoch
+        done = (step - start) / alone if step >= start else step / joint
+        return warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+    return factor
+
+
+class WeightAverage:
+    r"""An exponential moving average of a model's weights and buffers.
+
+    Arguments:
+        model: The model.
+        decay: How much of the average an update leaves.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.count = decay, 0
+        self.values = {name: x.detach().clone() for name, x in self.tensors(model)}
+
+    @staticmethod
+    def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+        return [*model.named_parameters(), *model.named_buffers()]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        r"""Moves the average towards a model; the first update copies it."""
+        weight = 1 - self.decay if self.count else 1.0
+        ours, theirs = [], []
+        for name, x in self.tensors(model):
+            if x.is_floating_point():
+                ours.append(self.values[name])
+                theirs.append(x)
+            else:  # such as a number of batches
+                self.values[name].copy_(x)
+        torch._foreach_lerp_(ours, theirs, weight)
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        r"""Returns the average and the number of updates."""
+        return self.values | {"count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        r"""Restores what :meth:`state_dict` returned."""
+        self.count = int(state_dict["count"])
+        for name, value in self.values.items():
+            value.copy_(state_dict[name])
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        r"""Returns the average in the form of the model's state."""
+        return {name: self.values.get(name, x) for name, x in model.state_dict().items()}

@@ -11,15 +11,20 @@ from torch import Tensor
 
 from .. import plotting
 from ..data import ImageData
-from ..evaluate import Extractor, bits_per_dim, image_statistics, reference_statistics
-from ..evaluate.elbo import evaluate, preprocess
+from ..evaluate import (
+    Extractor,
+    bits_per_dim,
+    evaluate,
+    frechet_distances,
+    kl_by_timestep,
+    preprocess,
+)
 from ..files import write_csv, write_json
-from ..infer import Timestep_ELBO, elbo_terms
 from ..priors import DiffusionPrior
-from ..sampling.samplers import reconstruct, sample, trajectory
+from ..sampling import point, reconstruct, sample, trajectory
 from ..vae import VAE
 
-__all__ = ["frechet_distances", "kl_by_timestep", "readable_terms", "report"]
+__all__ = ["readable_terms", "report"]
 
 
 def report(
@@ -54,9 +59,9 @@ def report(
     """
     out = Path(out)
     torch.manual_seed(seed)
-    terms = readable_terms(vae, evaluate(vae, data.test, data.levels, elbo, progress=progress))
+    terms = readable_terms(vae, evaluate(vae, data.test, elbo, progress=progress))
     loss = sum(terms.values())
-    width = vae.decoder.likelihood.log_bin_width(data.levels)
+    width = 0.0 if vae.space is None else vae.space.log_bin_width
     results: dict[str, Any] = {
         "test_images": len(data.test),
         "test_negative_elbo": loss,
@@ -81,11 +86,12 @@ def report(
         )
     results |= extra or {}
     write_csv(out / "terms.csv", [{"term": name, "nats": value} for name, value in terms.items()])
+    # Before the pictures: a run that has results is finished, whatever becomes of them.
+    write_json(out / "results.json", results)
     plotting.plot_elbo_terms(terms, out / "terms.png", "Negative ELBO of the test images")
     plotting.plot_history(history, out / "history.png")
-    save_pictures(vae, data, out)
-    write_json(out / "results.json", results)  # at last: a run that has results is finished
-    return [*lines, f"results, tables and pictures are in {out}"]
+    missing = save_pictures(vae, data, out)
+    return [*lines, *missing, f"results, tables and pictures are in {out}"]
 
 
 def readable_terms(vae: VAE, terms: dict[str, float]) -> dict[str, float]:
@@ -109,100 +115,36 @@ def readable_terms(vae: VAE, terms: dict[str, float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def kl_by_timestep(vae: VAE, x: Tensor) -> Tensor:
-    r"""Returns :math:`\mathrm{KL}(q(z_{t-1} | z_t, x) \,\|\, p(z_{t-1} | z_t))` for :math:`t = 1,
-    \dots, T`, averaged over images, in nats.
+def save_pictures(vae: VAE, data: ImageData, out: Path) -> list[str]:
+    r"""Writes the pictures that a model is judged by at a glance, and returns what is missing."""
+    parameter, missing = next(vae.parameters()), []
 
-    Together with :math:`\mathrm{KL}(q(z_T | x) \,\|\, p(z_T))` they sum to the KL divergence of the
-    whole chain.
+    def decode(z_0: Tensor) -> Tensor:
+        return to_unit(vae, point(vae.decoder(z_0)))
 
-    Arguments:
-        vae: A VAE with a diffusion prior and a Gaussian encoder.
-        x: The images, with shape :math:`(B, C, H, W)`.
-
-    Returns:
-        The KLs, with shape :math:`(T,)`.
-    """
-    terms = elbo_terms(vae.model, vae.guide, x, elbo=Timestep_ELBO("all", conditioning="x"))
-    first = terms["z_0"].mean().reshape(1)
-    return torch.cat([first, terms["z_s"].mean(-1)]) if "z_s" in terms else first
-
-
-@torch.no_grad()
-def frechet_distances(
-    vae: VAE,
-    data: ImageData,
-    extractor: Extractor,
-    num_images: int = 10_000,
-    cache_dir: Path | None = None,
-    batch_size: int = 100,
-    progress: bool = False,
-) -> dict[str, Any]:
-    r"""Returns the Fréchet distances of samples and of reconstructions to the test images.
-
-    Samples and reconstructions are the means of :math:`p(x | z_0)`, as in the paper. The distance
-    of the reconstructions is the floor that the decoder sets.
-
-    Arguments:
-        vae: The VAE.
-        data: The images. The reference is the test split, or its first ``num_images``.
-        extractor: The features.
-        num_images: The number of images on each side, at most.
-        cache_dir: Where the statistics of the reference are cached.
-        batch_size: The number of images that are sampled at once.
-        progress: Whether to show progress bars.
-    """
-    reference = data.test[:num_images]
-    likelihood = vae.decoder.likelihood
-
-    def samples():
-        # A chain of a thousand steps is the faster, the more latents go through it at once.
-        for many in reference.split(10 * batch_size):
-            for z_0 in sample(vae.prior, len(many)).split(batch_size):
-                yield likelihood.to_unit(vae.decode(z_0).mean, data.levels)
-
-    def reconstructions():
-        for batch in reference.split(batch_size):
-            x = preprocess(vae, batch.to(next(vae.parameters()).device), data.levels)
-            yield likelihood.to_unit(reconstruct(vae, x), data.levels)
-
-    statistics = reference_statistics(
-        reference, extractor, levels=data.levels, cache_dir=cache_dir, progress=progress
-    )
-    return {
-        "label": extractor.label,
-        "samples": image_statistics(samples(), extractor).distance(statistics),
-        "reconstructions": image_statistics(reconstructions(), extractor).distance(statistics),
-        "num_images": len(reference),
-        "reference": f"{data.name} test split",
-    }
-
-
-@torch.no_grad()
-def save_pictures(vae: VAE, data: ImageData, out: Path) -> None:
-    r"""Writes the pictures that a model is judged by at a glance."""
-    likelihood = vae.decoder.likelihood
-
-    def to_unit(x: Tensor) -> Tensor:
-        return likelihood.to_unit(x, data.levels)
-
-    plotting.save_image_grid(
-        to_unit(vae.decode(sample(vae.prior, 64)).mean), out / "samples.png", columns=8
-    )
-    images = data.test[:100].to(next(vae.parameters()).device)
-    x = preprocess(vae, images, data.levels)
+    plotting.save_image_grid(decode(sample(vae.prior, 64)), out / "samples.png", columns=8)
+    images = data.test[:100].to(parameter.device)
+    x = preprocess(vae, images)
     plotting.save_reconstructions(
         images[:16].double() / (data.levels - 1),
-        to_unit(reconstruct(vae, x[:16])),
+        to_unit(vae, reconstruct(vae, x[:16])),
         out / "reconstructions.png",
     )
-    if not isinstance(vae.prior, DiffusionPrior):
-        return
-    times, z = trajectory(vae.prior, num_samples=6, num_frames=9)
-    frames = to_unit(vae.decode(z).mean).transpose(0, 1)
-    labels = [f"t = {t}" for t in times.tolist()]
-    plotting.save_strip(frames, out / "denoising.png", labels)
-    kl = kl_by_timestep(vae, x)
-    plotting.plot_kl_by_timestep(kl, out / "kl_by_timestep.png")
-    rows = [{"t": t, "nats": value} for t, value in enumerate(kl.tolist(), start=1)]
-    write_csv(out / "kl_by_timestep.csv", rows)
+    if isinstance(vae.prior, DiffusionPrior):
+        times, z = trajectory(vae.prior, num_samples=6, num_frames=9)
+        frames, labels = decode(z).transpose(0, 1), [f"t = {t}" for t in times.tolist()]
+        plotting.save_strip(frames, out / "denoising.png", labels)
+        try:
+            kl = kl_by_timestep(vae, x)
+        except ValueError as error:  # of a posterior that is no Gaussian
+            missing.append(f"kl_by_timestep is not available: {str(error).partition(chr(10))[0]}")
+        else:
+            plotting.plot_kl_by_timestep(kl, out / "kl_by_timestep.png")
+            rows = [{"t": t, "nats": value} for t, value in enumerate(kl.tolist(), start=1)]
+            write_csv(out / "kl_by_timestep.csv", rows)
+    return missing
+
+
+def to_unit(vae: VAE, x: Tensor) -> Tensor:
+    r"""Returns images in [0, 1]; without a pixel space they are there already."""
+    return x.clamp(0, 1) if vae.space is None else vae.space.to_unit(x)

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import Cell, Preset
 from run import parse_args
 from torch import Tensor
 
 from pyro_vaediff.data import ImageData, load
-from pyro_vaediff.evaluate.elbo import preprocess
+from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.files import read_json, write_atomically, write_csv
 from pyro_vaediff.plotting import save_panels
-from pyro_vaediff.sampling.samplers import reconstruct, sample
-from pyro_vaediff.summary import flatten, page, summarize, with_all_keys
-from pyro_vaediff.train.loop import BEST, load_vae
+from pyro_vaediff.sampling import point, reconstruct, sample
+from pyro_vaediff.train import load_vae
+from pyro_vaediff.train.runs import BEST
+
+from .cells import Cell, Preset
+from .summary import flatten, page, summarize, with_all_keys
 
 NUM_IMAGES = 36  # in a panel of a picture
 
@@ -114,14 +116,12 @@ def decoded(cell: Cell, out: Path, data: ImageData | None, device: str) -> list[
     r"""Returns samples of the best model of a cell and reconstructions of the test images."""
     if not has_model(cell, out):
         return [None, None]
-    vae, config = load_vae(cell.folder(out), device)
-    likelihood = vae.decoder.likelihood
+    vae, _ = load_vae(cell.folder(out), device)
     torch.manual_seed(cell.seed)
-    pictures = [likelihood.to_unit(vae.decode(sample(vae.prior, NUM_IMAGES)).mean, config.levels)]
+    pictures = [vae.space.to_unit(point(vae.decoder(sample(vae.prior, NUM_IMAGES))))]
     if data is None:
         return [*pictures, None]
-    x = preprocess(vae, data.test.to(device), data.levels)
-    return [*pictures, likelihood.to_unit(reconstruct(vae, x), data.levels)]
+    return [*pictures, vae.space.to_unit(reconstruct(vae, preprocess(vae, data.test)))]
 
 
 def save_pictures(preset: Preset, out: Path, device: str) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..diffusion import at_time, gaussian_moments
-from ..infer import Timestep_ELBO
-from ..vae import VAE
+from pyro_vaediff.diffusion import gaussian_moments
+from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.schedules import at_time
+from pyro_vaediff.vae import VAE
 
 __all__ = ["NoisyIWAE", "log_mean_exp_bias", "mean_field_bias"]
 
@@ -26,28 +27,17 @@ class NoisyIWAE(Timestep_ELBO):
     number of particles is :math:`K`.
     """
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
-        r"""Returns the loss, summed over the data."""
-        log_weights = torch.stack(self.log_weights(model, guide, *args, **kwargs))
-        return (math.log(self.num_particles) - torch.logsumexp(log_weights, dim=0)).sum()
-
     def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> dict[str, Tensor]:
-        r"""Returns the loss, whose logarithm has no terms."""
-        return {"-log-mean-exp": self.differentiable_loss(model, guide, *args, **kwargs)}
-
-    def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
-        r"""Returns the loss, and adds its gradient to those of the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
-        return loss.item()
+        r"""Returns the loss, whose logarithm has no terms, summed over the data."""
+        log_weights = torch.stack(self.log_weights(model, guide, *args, **kwargs))
+        bounds = torch.logsumexp(log_weights, dim=0) - math.log(self.num_particles)
+        return {"-log-mean-exp": -bounds.sum()}
 
     def log_weights(self, model: Callable, guide: Callable, *args, **kwargs) -> list[Tensor]:
         r"""Returns the estimates :math:`\hat w_k`, each with shape :math:`(B,)`."""
         return [
-            -sum(term.flatten(0, -2).sum(0) if term.ndim > 1 else term for _, term in terms)
-            for terms in (
-                self.site_terms(*traces) for traces in self._get_traces(model, guide, args, kwargs)
-            )
+            -sum(v.flatten(0, -2).sum(0) if v.ndim > 1 else v for _, v, *_ in terms)
+            for terms in self.particles(model, guide, *args, **kwargs)
         ]
 
 
@@ -101,10 +91,10 @@ def mean_field_bias(
     Raises:
         ValueError: If the reverse variance is learned.
     """
-    if vae.prior.reverse_variance == "learned":
+    if vae.prior.denoiser.variance.num_outputs > 1:
         raise ValueError("the bias is known for a fixed reverse variance, got a learned one")
-    schedule, kernel = vae.prior.schedule, vae.prior.kernel
-    m, s2 = gaussian_moments(vae.encode(x))
+    schedule, kernel = vae.prior.schedule, vae.prior.denoiser.kernel
+    m, s2 = gaussian_moments(vae.encoder(x))
     last = {"forward": vae.prior.num_timesteps, "posterior": 1, "reversed": 0}[order]
 
     betas, alphas_cumprod = schedule.betas, schedule.alphas_cumprod

@@ -13,8 +13,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from .charts import check_finite
-from .style import FONT, GREY
+from pyro_vaediff.plotting.charts import check_finite
+from pyro_vaediff.plotting.style import FONT, GREY
 
 
 def check_keys(

@@ -9,40 +9,47 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_vaediff.data import ImageData, batches
+from pyro_vaediff.data import ImageData
 from pyro_vaediff.diffusion import base_normal
-from pyro_vaediff.evaluate import load_extractor
-from pyro_vaediff.evaluate.elbo import evaluating, in_batches, preprocess
-from pyro_vaediff.infer import Importance, Timestep_ELBO, TraceKL_ELBO, Uniform, elbo_terms
-from pyro_vaediff.infer.departures import (
-    LogVarianceAsLogScale,
-    NeverLast,
-    PriorTermGivenX,
-    ShiftedLabels,
-    UnweightedKL,
-    WithoutFirstStep,
-    constant_errors,
+from pyro_vaediff.evaluate import (
+    evaluating,
+    frechet_distances,
+    in_batches,
+    load_extractor,
+    preprocess,
 )
+from pyro_vaediff.infer import (
+    ImportanceTimesteps,
+    Reweighted,
+    Timestep_ELBO,
+    TraceKL_ELBO,
+    UniformTimesteps,
+)
+from pyro_vaediff.infer.trace_kl_elbo import per_datum
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import ConvEncoder
-from pyro_vaediff.train.build import make_vae
-from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
-from pyro_vaediff.train.report import frechet_distances
+from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer, make_vae
 from pyro_vaediff.vae import VAE
 
+from .objectives import (
+    NeverLast,
+    PriorTermGivenX,
+    Reweighting,
+    ShiftedLabels,
+    all_of,
+    constant_errors,
+    log_variance_as_log_scale,
+    unweighted,
+    without_first_step,
+)
+
 # What is trained ----------------------------------------------------------------------------------
-
-
-class Code2021(UnweightedKL, WithoutFirstStep, PriorTermGivenX):
-    r"""The objective of the diffusion prior in the code of 2021, up to constants."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Run:
         title: What it departs in.
         reference: The run that departs in nothing, or nothing if this is it.
         prior: The prior.
-        elbo: Makes the estimator, from the schedule of the prior (if it has one) and options.
+        bound: The class of the estimator.
+        weights: What takes the place of its terms.
         timesteps: The proposal of the timesteps.
         never_last: Whether the step t = T is left out.
         shifted: Whether the network is told t - 1 in training.
@@ -64,37 +72,44 @@ class Run:
     title: str
     reference: str = ""
     prior: str = "diffusion"
-    elbo: Callable[..., TraceKL_ELBO] = lambda schedule, **options: Timestep_ELBO(**options)
-    timesteps: Callable[[], nn.Module] = Importance
+    bound: Callable[..., TraceKL_ELBO] = Timestep_ELBO
+    weights: Reweighting | None = None
+    timesteps: Callable[[], nn.Module] = ImportanceTimesteps
     never_last: bool = False
     shifted: bool = False
     fixed_likelihood: bool = False
     batch_norm: bool = False
 
-    def estimator(self, vae: VAE, **options: object) -> TraceKL_ELBO:
+    def estimator(self, **options: Any) -> ELBO:
         r"""Returns the objective: to train with, or with other options."""
-        proposal = NeverLast(self.timesteps()) if self.never_last else self.timesteps()
-        schedule = getattr(vae.prior, "schedule", None)
-        return self.elbo(schedule, **{"timesteps": proposal} | options)
+        if self.bound is not TraceKL_ELBO:
+            proposal = NeverLast(self.timesteps()) if self.never_last else self.timesteps()
+            options = {"timesteps": proposal} | options
+        else:
+            options = {}
+        elbo = self.bound(**options)
+        return elbo if self.weights is None else Reweighted(elbo, self.weights)
 
 
 NETWORKS = {"fixed_likelihood": True, "batch_norm": True}
-BUG = {"prior": "gaussian", "elbo": lambda schedule, **options: LogVarianceAsLogScale()}
-CHAIN = {"elbo": Code2021, "timesteps": Uniform, "never_last": True, "shifted": True}
+BUG = {"prior": "gaussian", "bound": TraceKL_ELBO, "weights": log_variance_as_log_scale}
+CHAIN = {
+    "bound": PriorTermGivenX,
+    "weights": all_of(unweighted, without_first_step),
+    "timesteps": UniformTimesteps,
+    "never_last": True,
+    "shifted": True,
+}
 RUNS = {
     "diffusion": Run("the ELBO"),
     "unweighted": Run(
         "(1) reverse KLs without 1/2σ²",
         "diffusion",
-        elbo=lambda schedule, **options: UnweightedKL(**options),
-        timesteps=Uniform,  # without their weights, the terms are of about the same size
+        weights=unweighted,
+        timesteps=UniformTimesteps,  # without their weights, the terms are of about the same size
     ),
-    "first-step": Run(
-        "(2) without −log p(z_0 given z_1)",
-        "diffusion",
-        elbo=lambda schedule, **options: WithoutFirstStep(**options),
-    ),
-    "prior-term": Run("(4) KL at t = T given x", "diffusion", elbo=PriorTermGivenX),
+    "first-step": Run("(2) without −log p(z_0 given z_1)", "diffusion", weights=without_first_step),
+    "prior-term": Run("(4) KL at t = T given x", "diffusion", bound=PriorTermGivenX),
     "likelihood": Run("(5) likelihood N(·, 1/2)", "diffusion", fixed_likelihood=True),
     "never-last": Run("(6) t = T never trained", "diffusion", never_last=True),
     "shifted": Run("(6) network told t − 1", "diffusion", shifted=True),
@@ -140,31 +155,25 @@ def make(run: Run, data: ImageData, args: argparse.Namespace, seed: int) -> VAE:
 
 def objective(run: Run, vae: VAE) -> VAE:
     r"""Returns the programs that the objective of a run sees, with the networks of a VAE."""
-    return VAE(vae.encoder, vae.decoder, ShiftedLabels(vae.prior)) if run.shifted else vae
+    if not run.shifted:
+        return vae
+    device = next(vae.parameters()).device
+    return VAE(vae.encoder, vae.decoder, ShiftedLabels(vae.prior), vae.space).to(device)
 
 
 def train(run: Run, vae: VAE, data: ImageData, args: argparse.Namespace, seed: int) -> None:
     r"""Trains a VAE with the objective of a run."""
-    seen = objective(run, vae).to(args.device)
-    batch_size = min(args.batch_size, len(data.train))
-    steps = args.epochs * (len(data.train) // batch_size)
-    adam = torch.optim.Adam(vae.train().parameters(), lr=args.lr)
-    optim = TorchOptim(adam, args.clip_norm, CosineAnnealingLR(adam, steps))
-    svi = SVI(per_datum(seen.model), per_datum(seen.guide), optim, run.estimator(vae))
-    torch.manual_seed(seed)
-    order = torch.Generator().manual_seed(seed)
-    with pyro.get_param_store().scope():
-        for _ in range(args.epochs):
-            for batch in batches(
-                data.train,
-                batch_size,
-                shuffle=True,
-                generator=order,
-                device=args.device,
-                drop_last=True,
-                flip=data.horizontal_flip,
-            ):
-                svi.step(preprocess(vae, batch, data.levels))
+    config = TrainConfig(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        lr_schedule="cosine",
+        clip_norm=args.clip_norm,
+        seed=seed,
+        validate_every=args.epochs,  # nothing is selected: it is the last model that is measured
+    )
+    programs = objective(run, vae)
+    Trainer(programs, data, run.estimator(), config, args.device).fit(progress=False)
     vae.eval()
 
 
@@ -174,11 +183,12 @@ def train(run: Run, vae: VAE, data: ImageData, args: argparse.Namespace, seed: i
 @torch.no_grad()
 def test_terms(run: Run, vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str, float]:
     r"""Returns the terms of a run's objective on the test images, over all of its timesteps."""
-    elbo, terms = run.estimator(vae, timesteps="all", entropy="exact"), {}
-    vae = objective(run, vae).to(args.device)
-    with evaluating(vae, seed=0) as device:
-        for x in in_batches(vae, data.test, data.levels, args.batch_size, device):
-            for name, term in elbo_terms(vae.model, vae.guide, x, elbo=elbo).items():
+    elbo, terms = run.estimator(timesteps="all", entropy="exact"), {}
+    vae = objective(run, vae)
+    with evaluating(vae, seed=0):
+        for x, _ in in_batches(vae, data.test, batch_size=args.batch_size):
+            (particle,) = elbo.particles(vae.model, vae.guide, x)
+            for name, term in per_datum(particle).items():
                 if name == "z_s":  # with shape (T - 1, B)
                     term = (term[:-1] if run.never_last else term).sum(0)
                 name = "z_T" if name == f"z_{args.num_timesteps}" else name
@@ -206,11 +216,12 @@ def misreports(
         if run.fixed_likelihood:
             decoder = copy.deepcopy(vae.decoder)
             decoder.likelihood = make_likelihood("gaussian-fixed", data.image_shape, data.levels)
-            model = VAE(vae.encoder, decoder, vae.prior)
+            model = VAE(vae.encoder, decoder, vae.prior, vae.space)
         if other != "batch-norm":
             reports[other] = excess(run, model)
     if name == "batch-norm":
-        reports[name] = excess(RUNS[name], VAE(TrainMode(vae.encoder), vae.decoder, vae.prior))
+        in_train_mode = VAE(TrainMode(vae.encoder), vae.decoder, vae.prior, vae.space)
+        reports[name] = excess(RUNS[name], in_train_mode)
     if name == "diffusion":
         reports["constants"] = constant_errors(args.latent_dim, math.prod(data.image_shape))
     return reports
@@ -231,8 +242,8 @@ class TrainMode(nn.Module):
 def coupling(vae: VAE, data: ImageData, args: argparse.Namespace) -> float:
     r"""Returns the KL between the posteriors of an image in two batches, a mean over images."""
     encoder = TrainMode(vae.encoder)
-    with evaluating(vae, seed=0) as device:
-        x = preprocess(vae, data.test.to(device), data.levels)
+    with evaluating(vae, seed=0):
+        x = preprocess(vae, data.test)
         posteriors = []
         for _ in range(2):
             order = torch.randperm(len(x))
@@ -246,9 +257,9 @@ def coupling(vae: VAE, data: ImageData, args: argparse.Namespace) -> float:
 @torch.no_grad()
 def latent_scales(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str, float]:
     r"""Returns the root mean square of the latents, and the typical scale of a posterior."""
-    with evaluating(vae, seed=0) as device:
-        x = in_batches(vae, data.test, data.levels, args.batch_size, device)
-        q = [base_normal(vae.encode(batch)) for batch in x]
+    with evaluating(vae, seed=0):
+        batches = in_batches(vae, data.test, batch_size=args.batch_size)
+        q = [base_normal(vae.encoder(x)) for x, _ in batches]
     loc, scale = torch.cat([p.loc for p in q]), torch.cat([p.scale for p in q])
     rms = (loc.square() + scale.square()).mean().sqrt()
     return {"latent_rms": rms.item(), "posterior_sd": scale.log().mean().exp().item()}

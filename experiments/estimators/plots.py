@@ -11,9 +11,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .charts import save
+from pyro_vaediff.plotting.charts import save
+from pyro_vaediff.plotting.style import BLACK, COLORS, DASHES, FONT, GREY, ORANGE, VERMILLION, slide
+
 from .layout import check_keys, column, label_points, legend_outside, log_axis, wrap
-from .style import BLACK, COLORS, DASHES, FONT, GREY, ORANGE, VERMILLION, slide
 
 __all__ = [
     "pareto_front",

@@ -3,12 +3,15 @@ r"""The estimators on the bench, one entry each."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
-from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import Tensor
 
-from ..infer import Timestep_ELBO, TraceKL_ELBO, particle_options
+from pyro_vaediff.bench import Entry, timestep_entry
+from pyro_vaediff.infer import TraceKL_ELBO
+from pyro_vaediff.vae import VAE
+
 from .contenders import (
     ControlVariate_ELBO,
     GradientAware,
@@ -16,79 +19,21 @@ from .contenders import (
     Orthogonal_ELBO,
     Shared_ELBO,
 )
-from .counterexamples import NoisyIWAE
+from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
 
-__all__ = ["BASELINE", "ENTRIES", "SERIOUS", "Entry", "timestep_entry"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    r"""An estimator of the ELBO, and what the bench has to know of it.
-
-    Arguments:
-        name: Its name, in tables and on plots.
-        group: The family that it belongs to, which decides its color.
-        make: A function without arguments that returns a new estimator.
-        order: The order of the guide of the diffusion prior.
-        unrolled: Whether all :math:`T + 1` sites are sampled, at a cost that grows with :math:`T`.
-        warmup: The number of evaluations that its proposal learns from before it is measured.
-        counterexample: Why it is no estimator of the ELBO, if it is not.
-    """
-
-    name: str
-    group: str
-    make: Callable[[], ELBO]
-    order: str = "forward"
-    unrolled: bool = False
-    warmup: int = 0
-    counterexample: str = ""
+__all__ = ["BASELINE", "ENTRIES", "SERIOUS"]
 
 
-def timestep_entry(
-    timesteps: str,
-    k: int = 1,
-    conditioning: str = "z_0",
-    group: str = "",
-    make: type[Timestep_ELBO] = Timestep_ELBO,
-    **options,
-) -> Entry:
-    r"""Returns the entry of a :class:`~pyro_vaediff.infer.Timestep_ELBO`, named by its options.
+def predict_mean_field(
+    order: str, elbo: TraceMeanField_ELBO, vae: VAE, x: Tensor, draws: int
+) -> list[float]:
+    r"""Returns predictions of the bias of closed-form KLs, one per draw."""
+    return mean_field_bias(vae, x, order, draws=max(4, draws // 4)).tolist()
 
-    Arguments:
-        timesteps: The proposal.
-        k: The number of timesteps per datum.
-        conditioning: What the KLs are given.
-        group: The family, by default ``"given z_0"`` or ``"given x"``.
-        make: The class of the estimator.
-        options: More keyword arguments. By default, all that lowers the noise is off.
 
-    Example:
-        >>> timestep_entry("importance", k=8, low_discrepancy=True).name
-        'importance LD k=8 | z_0'
-    """
-    off = {"low_discrepancy": False, "antithetic": False, "entropy": "exact"}
-    options = off | options
-    name = timesteps + " LD" * options["low_discrepancy"] + f" k={k}" * (timesteps != "all")
-    name += f" | {conditioning}"
-    particles = options.get("num_particles", 1)
-    for extra, condition in (
-        ("antithetic", options["antithetic"]),
-        ("path", options["entropy"] == "path"),
-        (f"{particles} particles", particles > 1),
-    ):
-        name += f", {extra}" * condition
-    if make is not Timestep_ELBO:
-        name += f", {make.__name__.removesuffix('_ELBO')}"
-    options |= {"k": k, "conditioning": conditioning}
-    options |= particle_options(particles)
-    proposal = {"gradient-aware": GradientAware}.get(timesteps, lambda: timesteps)
-    warmup = 40 if timesteps in ("loss-aware", "gradient-aware") else 0
-    return Entry(
-        name,
-        group or f"given {conditioning}",
-        lambda: make(proposal(), **options),
-        warmup=warmup,
-    )
+def predict_log_mean_exp(elbo: NoisyIWAE, vae: VAE, x: Tensor, draws: int) -> list[float]:
+    r"""Returns predictions of the bias of a log-mean-exp, each from draws of its own."""
+    return [log_mean_exp_bias(elbo, vae, x, max(4, draws // 8)) for _ in range(4)]
 
 
 LD = {"low_discrepancy": True}
@@ -131,12 +76,14 @@ _entries = [
         for k in (8, 16)
     ),
     # Ideas that did not win.
-    timestep_entry("gradient-aware", 8, group="other ideas", **LD),
-    timestep_entry("gradient-aware", 8, "x", group="other ideas", **LD),
-    timestep_entry("importance", 8, group="other ideas", make=Hybrid_ELBO, **LD),
-    timestep_entry("importance", 8, group="other ideas", make=ControlVariate_ELBO, **LD),
-    timestep_entry("importance", 8, group="other ideas", make=Orthogonal_ELBO, **LD),
-    timestep_entry("importance", 8, group="other ideas", make=Shared_ELBO, **LD),
+    *(
+        timestep_entry("gradient-aware", 8, given, "other ideas", proposal=GradientAware, **LD)
+        for given in ("z_0", "x")
+    ),
+    *(
+        timestep_entry("importance", 8, group="other ideas", make=make, **LD)
+        for make in (Hybrid_ELBO, ControlVariate_ELBO, Orthogonal_ELBO, Shared_ELBO)
+    ),
     # What is not an estimator of the bound.
     *(
         Entry(
@@ -146,6 +93,7 @@ _entries = [
             order,
             unrolled=True,
             counterexample="closed-form KLs where they are illegal",
+            predict=partial(predict_mean_field, order),
         )
         for order in ("forward", "posterior")
     ),
@@ -154,6 +102,7 @@ _entries = [
         "counterexample",
         lambda: NoisyIWAE("uniform", k=1, low_discrepancy=False, num_particles=16),
         counterexample="a log-mean-exp of noisy estimates",
+        predict=predict_log_mean_exp,
     ),
 ]
 

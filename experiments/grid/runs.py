@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from grid import Cell
+from study import check_settings
 from tqdm import tqdm
 
-from pyro_vaediff.files import read_json, write_json
-from pyro_vaediff.train.loop import CHECKPOINT, METRICS
+from pyro_vaediff.files import write_json
+from pyro_vaediff.train.runs import CHECKPOINT, METRICS
 
-__all__ = ["Runner", "check_settings", "command"]
+from .cells import Cell
 
-RUN = Path(__file__).with_name("run.py")
+__all__ = ["Runner", "check_cell", "command"]
+
+RUN = Path(__file__).parents[1] / "run.py"
 SETTINGS, LOG, LOCK = "cell.json", "log.txt", "lock"
 
 
@@ -34,24 +36,13 @@ def command(cell: Cell, out: Path, device: str) -> list[str]:
     return [sys.executable, str(RUN), *words, *resume]
 
 
-def check_settings(cell: Cell, out: Path) -> None:
+def check_cell(cell: Cell, out: Path) -> None:
     r"""Raises a ``ValueError`` if the folder of a cell holds a run with other settings."""
     path = cell.folder(out)
-    if not cell.is_finished(out) and not (path / CHECKPOINT).exists():
-        return
-    if not (path / SETTINGS).exists():
-        raise ValueError(f"{path} holds a run that is not of a table: choose another --out")
-    old, new = read_json(path / SETTINGS), cell.settings
-    differences = [
-        f"{name}={new.get(name)!r} in place of {old.get(name)!r}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path} was run with other settings, the preset has {', '.join(differences)}: "
-            "choose another --out"
-        )
+    if cell.is_finished(out) or (path / CHECKPOINT).exists():
+        if not (path / SETTINGS).exists():
+            raise ValueError(f"{path} holds a run that is not of a table: choose another --out")
+        check_settings(path / SETTINGS, cell.settings)
 
 
 def start(cell: Cell, out: Path, device: str, threads: int) -> subprocess.Popen | None:
@@ -66,7 +57,7 @@ def start(cell: Cell, out: Path, device: str, threads: int) -> subprocess.Popen 
             return None
         for leftover in path.glob(".*"):  # of a run that was killed while it wrote
             leftover.unlink()
-        check_settings(cell, out)
+        check_cell(cell, out)
         write_json(path / SETTINGS, cell.settings)
         words = command(cell, out, device)
         print(f"$ {shlex.join(words)}", file=log, flush=True)

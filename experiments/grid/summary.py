@@ -8,18 +8,15 @@ them. All numbers of a table are such that less is better.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from study import Statistic, statistic, table
+
 __all__ = [
-    "Statistic",
     "flatten",
-    "markdown",
     "page",
     "paired_table",
-    "statistic",
     "summarize",
     "with_all_keys",
 ]
@@ -33,46 +30,6 @@ EVALUATIONS = (
     ("surgery_flow.marginal_kl", "The same, with the probability flow's density (nats)", 2),
 )
 KEYS = ("dataset", "latent_dim", "row", "seed")
-
-
-@dataclass(frozen=True)
-class Statistic:
-    r"""A number over seeds.
-
-    Arguments:
-        mean: Its mean.
-        sd: Its standard deviation, with n - 1 in the denominator; NaN for one seed.
-        n: The number of seeds.
-    """
-
-    mean: float
-    sd: float
-    n: int
-
-    @property
-    def standard_error(self) -> float:
-        r"""The standard error of the mean, NaN for one seed."""
-        return self.sd / math.sqrt(self.n)
-
-    def ties(self, best: Statistic) -> bool:
-        r"""Whether the mean is that of the best, or within the combined standard error of it."""
-        error = math.hypot(self.standard_error, best.standard_error)
-        return self.mean == best.mean or abs(self.mean - best.mean) <= error
-
-
-def statistic(values: Sequence[float]) -> Statistic:
-    r"""Returns the statistic of the values of all seeds, at least one.
-
-    Example:
-        >>> statistic([1.0, 2.0, 6.0])
-        Statistic(mean=3.0, sd=2.6457513110645907, n=3)
-    """
-    if not values:
-        raise ValueError("values must hold at least one number, got none")
-    if not all(map(math.isfinite, values)):
-        return Statistic(math.nan, math.nan, len(values))
-    sd = statistics.stdev(values) if len(values) > 1 else math.nan
-    return Statistic(statistics.fmean(values), sd, len(values))
 
 
 def flatten(results: Mapping[str, Any], prefix: str = "") -> dict[str, float | str]:
@@ -128,29 +85,6 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
 # Markdown -----------------------------------------------------------------------------------------
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    r"""Returns the lines of a Markdown table.
-
-    Arguments:
-        header: The names of the columns.
-        rows: The texts of the cells.
-
-    Example:
-        >>> print("\n".join(markdown(["prior", "FID"], [["a | b", "-1.0"]])))
-        | prior | FID |
-        |---|---|
-        | a \| b | -1.0 |
-    """
-    lines = [[text.replace("|", r"\|") for text in row] for row in (header, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in lines]
-    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
-
-
-def number(value: float, digits: int) -> str:
-    r"""Returns a number to be read, with a minus sign in place of a hyphen."""
-    return f"{value:,.{digits}f}".replace("-", "−")
-
-
 def metric_table(
     records: Sequence[Record],
     metric: str,
@@ -171,7 +105,7 @@ def metric_table(
         num_seeds: The number of seeds that a cell should have; n is shown if it has another.
         digits: The number of decimals.
     """
-    table = {name: [title] for name, title in rows.items()}
+    cells = {name: [title] for name, title in rows.items()}
     for latent_dim in latent_dims:
         found: dict[str, Statistic] = {}
         for name in rows:
@@ -187,15 +121,13 @@ def metric_table(
         for name in rows:
             stat = found.get(name)
             if stat is None:
-                table[name].append("-")
+                cells[name].append("-")
                 continue
-            text = number(stat.mean, digits)
-            if stat.n > 1:
-                text += f" ± {number(stat.sd, digits)}"
+            text = stat.text(digits)
             if best is not None and len(finite) > 1 and stat.ties(best):
                 text = f"**{text}**"
-            table[name].append(text if stat.n == num_seeds else f"{text} (n = {stat.n})")
-    return markdown(["prior", *(f"D = {dim}" for dim in latent_dims)], table.values())
+            cells[name].append(text if stat.n == num_seeds else f"{text} (n = {stat.n})")
+    return table(["prior", *(f"D = {dim}" for dim in latent_dims)], cells.values())
 
 
 def paired_table(
@@ -224,23 +156,20 @@ def paired_table(
         for record in records
         if metric in record
     }
-    table = {name: [title] for name, title in rows.items() if name != reference}
-    for name, cells in table.items():
+    cells = {name: [title] for name, title in rows.items() if name != reference}
+    for name, row in cells.items():
         for dim in latent_dims:
             differences = [
                 value - values[reference, dim, seed]
-                for (row, latent_dim, seed), value in values.items()
-                if (row, latent_dim) == (name, dim) and (reference, dim, seed) in values
+                for (other, latent_dim, seed), value in values.items()
+                if (other, latent_dim) == (name, dim) and (reference, dim, seed) in values
             ]
             if not differences:
-                cells.append("-")
+                row.append("-")
                 continue
             found = statistic(differences)
-            text = number(found.mean, digits)
-            if found.n > 1:
-                text += f" ± {number(found.standard_error, digits)}"
-            cells.append(f"{text} (n = {found.n})")
-    return markdown(["prior", *(f"D = {dim}" for dim in latent_dims)], table.values())
+            row.append(f"{found.text(digits, 'standard_error')} (n = {found.n})")
+    return table(["prior", *(f"D = {dim}" for dim in latent_dims)], cells.values())
 
 
 def parameter_table(
@@ -252,14 +181,14 @@ def parameter_table(
         for record in records
         if "parameters.prior" in record
     }
-    table = [
+    cells = [
         [
             title,
             *(f"{counts[name, dim]:,}" if (name, dim) in counts else "-" for dim in latent_dims),
         ]
         for name, title in rows.items()
     ]
-    return markdown(["prior", *(f"D = {dim}" for dim in latent_dims)], table)
+    return table(["prior", *(f"D = {dim}" for dim in latent_dims)], cells)
 
 
 def page(

@@ -9,14 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..diffusion import at_time, base_normal, normal, q_reverse_moments
-from ..infer import Collapse, LossAware, Timestep_ELBO
-from ..priors import DiffusionPrior
+from pyro_vaediff.diffusion import base_normal, normal, q_reverse_moments
+from pyro_vaediff.infer import LossAwareTimesteps, Term, Timestep_ELBO
+from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.schedules import at_time
 
 __all__ = [
     "ControlVariate_ELBO",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-class GradientAware(LossAware):
+class GradientAware(LossAwareTimesteps):
     r"""Timesteps in proportion to the gradient with respect to the denoiser's output.
 
     With a fixed variance, :math:`L_t = \|\tilde\mu_t - \mu_\phi\|^2 / 2 \sigma_t^2`, and the
@@ -44,21 +45,12 @@ class GradientAware(LossAware):
         | https://arxiv.org/abs/1803.00942
     """
 
-    def forward(self, prior: DiffusionPrior, conditioning: str, first: int) -> Tensor:
-        super().forward(prior, conditioning, first)  # which makes the table of squares
-        factor = prior.kernel.gains.abs() / prior.kernel.sigmas
-        norm = (factor * self.squares.pow(0.25))[first:] + torch.finfo(self.squares.dtype).tiny
+    def forward(self, prior: DiffusionPrior, conditioning: str) -> Tensor:
+        super().forward(prior, conditioning)  # which makes the table of squares
+        kernel = prior.denoiser.kernel
+        factor = kernel.gains.abs() / kernel.sigmas
+        norm = (factor * self.squares.pow(0.25))[2:] + torch.finfo(self.squares.dtype).tiny
         return (1 - self.uniform) * norm / norm.sum() + self.uniform / len(norm)
-
-
-class _Remember(Collapse):
-    r"""Remembers the prior that it collapses."""
-
-    prior: DiffusionPrior
-
-    def model(self, prior: DiffusionPrior) -> Tensor:
-        self.prior = prior
-        return super().model(prior)
 
 
 class _Corrected(Timestep_ELBO):
@@ -66,13 +58,29 @@ class _Corrected(Timestep_ELBO):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        options = (self.collapse.conditioning, self.weighting.name)
-        if self.proposal is None or options != ("z_0", "elbo"):
+        if self.proposal is None or self.collapse.conditioning != "z_0":
             raise ValueError(
-                f"{type(self).__name__} needs conditioning='z_0', weighting='elbo' and timesteps "
-                f"other than 'all'"
+                f"{type(self).__name__} needs conditioning='z_0' and timesteps other than 'all'"
             )
-        self.collapse.__class__ = _Remember
+
+    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[Term]:
+        for term in super().site_terms(model_trace, guide_trace):
+            if term.role == "steps":
+                scope = term.name.removesuffix("z_s")
+                z_t, start = (guide_trace.nodes[scope + name] for name in ("z_t", "z_0"))
+                yield from self.correct(term, z_t["value"], start)
+            else:
+                yield term
+
+    @abstractmethod
+    def correct(self, term: Term, z_t: Tensor, start: dict) -> Iterator[Term]:
+        r"""Yields what takes the place of the term of the steps from ``z_t``.
+
+        Arguments:
+            term: The term, on whose site the prior and the timesteps are.
+            z_t: The latents.
+            start: The guide's site of :math:`z_0`.
+        """
 
 
 class Hybrid_ELBO(_Corrected):
@@ -88,21 +96,19 @@ class Hybrid_ELBO(_Corrected):
     costs another pass through the denoiser.
     """
 
-    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        for name, term in super().site_terms(model_trace, guide_trace):
-            if name == "z_s" and torch.is_grad_enabled():
-                term = term + self.difference(guide_trace)
-            yield name, term
+    def correct(self, term: Term, z_t: Tensor, start: dict) -> Iterator[Term]:
+        if torch.is_grad_enabled():
+            term = term._replace(value=term.value + self.difference(term.site, z_t.detach(), start))
+        yield term
 
-    def difference(self, guide_trace: Trace) -> Tensor:
-        prior, nodes = self.collapse.prior, guide_trace.nodes
-        z_t, t, site = nodes["z_t"]["value"].detach(), nodes["t"]["value"], nodes["z_s"]
-        q_z0 = base_normal(nodes["z_0"]["fn"])
-        q_z0 = normal(q_z0.loc.detach(), q_z0.scale.detach())
-        loc, _ = q_reverse_moments(prior.schedule, q_z0, z_t, t)
+    def difference(self, site: dict, z_t: Tensor, start: dict) -> Tensor:
+        prior, t = site["infer"]["prior"], site["infer"]["t"]
+        n, q_z0 = prior.event_dim, base_normal(start["fn"])
+        q_z0 = normal(q_z0.loc.detach(), q_z0.scale.detach(), n)
+        loc, _ = q_reverse_moments(prior.schedule, q_z0, z_t, t, event_dim=n)
         p_s = prior.reverse(z_t, t)
         difference = (site["fn"].mean - loc).detach() / p_s.variance.detach()
-        inner = (difference * p_s.mean).sum(-1)
+        inner = sum_rightmost(difference * p_s.mean, n)
         return scale_and_mask(inner - inner.detach(), site["scale"], site["mask"])
 
 
@@ -114,40 +120,34 @@ class ControlVariate_ELBO(_Corrected):
     \mathrm{const}`, is known: the sampled terms are subtracted, and the sum is added.
     """
 
-    def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        for name, term in super().site_terms(model_trace, guide_trace):
-            if name == "z_s":
-                sampled, expected = self.gaussian(guide_trace)
-                yield "control", expected
-                term = term - sampled
-            yield name, term
+    def correct(self, term: Term, z_t: Tensor, start: dict) -> Iterator[Term]:
+        sampled, expected = self.gaussian(term.site, z_t, start)
+        yield Term(term.name.removesuffix("z_s") + "control", expected, "control", start)
+        yield term._replace(value=term.value - sampled)
 
-    def gaussian(self, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-        prior, nodes = self.collapse.prior, guide_trace.nodes
-        kernel, first = prior.kernel, self.weighting.first
-        site, t, start = nodes["z_s"], nodes["t"]["value"], nodes["z_0"]
+    def gaussian(self, site: dict, z_t: Tensor, start: dict) -> tuple[Tensor, Tensor]:
+        prior, t = site["infer"]["prior"], site["infer"]["t"]
+        n, kernel = prior.event_dim, prior.denoiser.kernel
         # q's mean is a z_t + b z_0, and without the network the prior's is skip z_t.
-        loc = site["fn"].mean - at_time(kernel.skips, t) * nodes["z_t"]["value"]
-        sampled = (loc / at_time(kernel.sigmas, t)).square().sum(-1) / 2
+        loc = site["fn"].mean - at_time(kernel.skips, t, n) * z_t
+        sampled = sum_rightmost((loc / at_time(kernel.sigmas, t, n)).square(), n) / 2
         sampled = scale_and_mask(sampled, site["scale"], site["mask"])
 
         original = prior.schedule.original
         alpha_bar, one_minus = original("alphas_cumprod"), original("one_minus_alphas_cumprod")
-        variance = kernel.original("sigmas").square()
+        variance, skip = kernel.original("sigmas").square(), kernel.original("skips")
         a = original("alphas").sqrt() * one_minus.roll(1) / one_minus
         b = alpha_bar.roll(1).sqrt() * original("betas") / one_minus
-        skip = kernel.original("skips")
         of_z0 = ((a - skip) * alpha_bar.sqrt() + b).square() / (2 * variance)
         of_noise = (a - skip).square() * one_minus / (2 * variance)
-        z_0 = start["value"]
-        expected = (of_z0[first:].sum() * z_0.square() + of_noise[first:].sum()).sum(-1)
-        return sampled, scale_and_mask(expected, start["scale"], start["mask"])
+        expected = of_z0[2:].sum() * start["value"].square() + of_noise[2:].sum()
+        return sampled, scale_and_mask(sum_rightmost(expected, n), start["scale"], start["mask"])
 
 
 class Coupled(Messenger, ABC):
     r"""An effect handler that couples the noises of a datum's timesteps.
 
-    The noise of every timestep must still be a standard normal.
+    The noise of every timestep must still be a standard normal. Latents are vectors.
 
     Arguments:
         plate: The name of the plate of the timesteps.

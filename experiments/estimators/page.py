@@ -3,16 +3,20 @@ r"""The page of the bench: tables, pictures, and the numbers behind them."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from study import number, table
 
-from ..files import write_atomically, write_csv
-from ..plotting import plot_convergence, plot_gradient_noise, plot_pareto
+from pyro_vaediff.bench import Reference
+from pyro_vaediff.files import write_atomically, write_csv
+
 from .entries import BASELINE, ENTRIES
-from .harness import Record, Reference
+from .plots import plot_convergence, plot_gradient_noise, plot_pareto
+
+Record = dict[str, Any]
 
 __all__ = ["markdown_table", "write_page", "write_pictures"]
 
@@ -54,20 +58,16 @@ def write_page(
         reference = references[moment]
         lines += ["", f"## {moment[0].upper()}{moment[1:]}", ""]
         known = "exact" if reference.value_se == 0 else f"± {1.96 * reference.value_se:.2f}"
-        lines += [f"Reference −ELBO: {minus(reference.value)} nats per datum ({known})."]
+        lines += [f"Reference −ELBO: {number(reference.value, 2)} nats per datum ({known})."]
         if reference.evidence is not None:
             lines += [
-                f"−log p(x): {minus(-reference.evidence)} nats. A loss whose bias is below "
-                f"{minus(-reference.evidence - reference.value)} claims more than the evidence."
+                f"−log p(x): {number(-reference.evidence, 2)} nats. A loss whose bias is below "
+                f"{number(-reference.evidence - reference.value, 2)} claims more than the evidence."
             ]
         lines += ["", *markdown_table(rows, noises[moment])]
     text = "\n".join(lines) + "\n"
     write_atomically(out / "estimators.md", lambda file: file.write(text.encode()))
     return text
-
-
-def minus(value: float) -> str:
-    return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def write_pictures(
@@ -82,7 +82,7 @@ def write_pictures(
     Arguments:
         out: The folder.
         records: The records of one moment of training, with costs and merits.
-        errors: See :func:`~pyro_vaediff.plotting.plot_convergence`.
+        errors: See :func:`plot_convergence`.
         floor: The standard error of the reference, in nats per datum.
         by_timestep: A row per timestep, with the column ``"t"``, those of the gradient noise, and
             those of proposals, whose names begin with ``"r "``; or nothing.
@@ -131,36 +131,32 @@ def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = N
         records: The records, with costs and merits.
         noise: The minibatch's own gradient variance, by module.
     """
-    lines = [
-        "| estimator | bias (nats) | sd | gradient variance: prior | encoder | decoder "
-        "| SNR: prior | encoder | decoder | z_t per datum | ms | MB "
-        "| merit: prior | encoder | decoder |",
-        "|---" * 15 + "|",
-    ]
     order = ("prior", "encoder", "decoder")
+    header = ["estimator", "bias (nats)", "sd", "gradient variance: prior", *order[1:]]
+    header += ["SNR: prior", *order[1:], "z_t per datum", "ms", "MB", "merit: prior", *order[1:]]
+    rows = []
     for r in records:
-        bias = f"{r['bias']:+.2f} ± {1.96 * r['bias_se']:.2f}"
+        bias = f"{number(r['bias'], 2, '+')} ± {1.96 * r['bias_se']:.2f}"
         if r["predicted_bias"]:
-            bias += f" (predicted {r['predicted_bias']:+.2f} ± {1.96 * r['predicted_bias_se']:.2f})"
+            predicted = number(r["predicted_bias"], 2, "+")
+            bias += f" (predicted {predicted} ± {1.96 * r['predicted_bias_se']:.2f})"
         name = str(r["estimator"]).replace("|", "given")
         if r.get("counterexample"):
             name += f" (**counter-example**: {r['counterexample']})"
-        cells = [
-            name,
-            bias,
-            significant(r["sd"]),
-            *(significant(r[f"{module}_variance"]) for module in order),
-            *(significant(r[f"{module}_snr"]) for module in order),
+        noises = (
+            significant(r[f"{module}_{what}"]) for what in ("variance", "snr") for module in order
+        )
+        costs = (
             f"{r['denoiser_evaluations']:g}",
             significant(r["ms"]),
             significant(r["megabytes"]),
-            *(significant(r[f"{module}_merit"]) for module in order),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        )
+        merits = (significant(r[f"{module}_merit"]) for module in order)
+        rows.append([name, bias, significant(r["sd"]), *noises, *costs, *merits])
     if noise is not None:
-        cells = ["*the minibatch's own noise*", "", "", *(significant(noise[m]) for m in order)]
-        lines.append("| " + " | ".join([*cells, *[""] * 9]) + " |")
-    return [re.sub(r"(\| |predicted )-", r"\1−", line.replace("-0.00", "0.00")) for line in lines]
+        variances = (significant(noise[module]) for module in order)
+        rows.append(["*the minibatch's own noise*", "", "", *variances, *[""] * 9])
+    return table(header, rows)
 
 
 def significant(value: float) -> str:

@@ -9,14 +9,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmark import provenance
-from departures_runs import PRIORS, RUNS
+from common import provenance
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
+from study import number, statistic, table
 
 from pyro_vaediff.files import write_atomically, write_csv
 from pyro_vaediff.plotting.style import BLUE, FONT, ORANGE, VERMILLION, slide, write
+
+from .runs import PRIORS, RUNS
 
 
 def read_records(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -31,17 +32,16 @@ class Numbers(list[float]):
 
     def __init__(self, values):
         super().__init__(values)
-        x = torch.tensor(self, dtype=torch.float64)
-        self.mean = x.mean().item() if len(x) else math.nan
-        self.se = (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
+        found = statistic(self) if self else None
+        self.mean = found.mean if found else math.nan
+        self.se = found.standard_error if found else math.nan
 
     def __str__(self) -> str:
         if not self:
             return "–"
         # Where two digits would be none, the leading one says how small it is.
         digits = 2 if abs(self.mean) >= 0.005 or self.mean == 0 else 5
-        se = "" if math.isnan(self.se) else f" ± {self.se:.{digits}f}"
-        return f"{self.mean:.{digits}f}{se}".replace("-", "−")
+        return statistic(self).text(digits, "standard_error")
 
 
 class Results:
@@ -135,29 +135,29 @@ def page(results: Results, args: argparse.Namespace) -> str:
         f"seeds {', '.join(map(str, seeds))}, on {provenance(args.device)}. Mean and standard "
         "error over seeds, in nats per image.",
         "",
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
     ]
+    rows = []
     for name, run in RUNS.items():
         numbers = [results.of(name, "negative_elbo"), results.costs(name), results.misreports(name)]
         numbers += [results.of(name, "latent_rms"), results.of(name, "posterior_sd")]
         if numbers[0]:
-            label = title(name) if run.reference else f"**{title(name)}**"
-            lines.append(f"| {label} | {' | '.join(map(str, numbers))} |")
-    lines += ["", "The reports, term by term:", ""]
-    lines += [f"| objective | {' | '.join(TERMS.values())} |", "|---" * (1 + len(TERMS)) + "|"]
+            rows.append(
+                [title(name) if run.reference else f"**{title(name)}**", *map(str, numbers)]
+            )
+    lines += [*table(header, rows), "", "The reports, term by term:", ""]
+    rows = []
     for name in [*RUNS, "constants"]:
         numbers = [results.misreports(name, term) for term in TERMS]
         if numbers[0]:
-            cells = [str(x) if any(x) else "" for x in numbers]
-            lines.append(f"| {title(name)} | {' | '.join(cells)} |")
+            rows.append([title(name), *(str(x) if any(x) else "" for x in numbers)])
+    lines += table(["objective", *TERMS.values()], rows)
     lines += ["", "Three priors, with the terms of the ELBO and with those of the code:", ""]
     for key, what in (("negative_elbo", "test −ELBO"), ("frechet", "Fréchet distance (pixels)")):
-        lines += [f"| {what} | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
-        for prior, names in PRIORS.items():
-            cells = [str(results.of(name, key)) for name in names]
-            lines.append(f"| {prior} | {' | '.join(cells)} |")
-        lines.append("")
+        rows = [
+            [prior, *(str(results.of(name, key)) for name in names)]
+            for prior, names in PRIORS.items()
+        ]
+        lines += [*table([what, *COLUMNS], rows), ""]
     lines += ["![What each departure costs and what its objective reports](departures.png)", ""]
     lines += ["![Three priors, with the ELBO and with all departures](priors.png)"]
     return "\n".join(lines) + "\n"
@@ -181,7 +181,7 @@ def plot_departures(results: Results, path: Path) -> None:
             error = 0.0 if math.isnan(bar.se) else bar.se
             axes.barh(i, bar.mean, xerr=error, height=0.6, color=color, ecolor="black", capsize=3)
             digits = 1 if abs(bar.mean) >= 9.95 else 2
-            label = f"{bar.mean:+.{digits}f}".replace("-", "−")
+            label = number(bar.mean, digits, "+")
             place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(label, (max(bar.mean + error, 0), i), fontsize=FONT - 3, **place)
         axes.axvline(0, color="black", linewidth=1)
@@ -218,7 +218,7 @@ def plot_priors(results: Results, path: Path) -> None:
                 style |= {"yerr": None if math.isnan(bar.se) else bar.se, "capsize": 3}
                 axes.bar(x, bar.mean, 0.36, **style)
                 axes.annotate(
-                    f"{bar.mean:.{1 if key == 'negative_elbo' else 2}f}".replace("-", "−"),
+                    number(bar.mean, 1 if key == "negative_elbo" else 2),
                     (x, bar.mean + (1 if up else -1) * (0 if math.isnan(bar.se) else bar.se)),
                     xytext=(0, 4 if up else -4),
                     textcoords="offset points",

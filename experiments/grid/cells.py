@@ -25,7 +25,7 @@ else:
 
 __all__ = ["PRESETS", "Cell", "Preset", "read_preset"]
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 TABLES = ("title", "reference", "settings", "datasets", "rows", "latent-dims", "seeds", "overrides")
 # What a preset leaves to the grid, and what differs from machine to machine but not in its results.
 RESERVED = ("out", "resume", "quiet", "device", "seed", "latent-dim")

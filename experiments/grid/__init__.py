@@ -1,0 +1,1 @@
+r"""Grids of runs of ``run.py``, see ``table.py``."""
