@@ -19,7 +19,6 @@ def noise(*shape, seed=0, high=256):
 
 def rows(*arrays):
     r"""The images as a sorted list of bytes: equal lists are equal multisets of images."""
-
     return sorted(np.ascontiguousarray(image).tobytes() for array in arrays for image in array)
 
 
@@ -33,7 +32,6 @@ def sizes(data):
 
 def resized(image, size):
     r"""The paper's transform of one PIL image, by torchvision."""
-
     return reference.pil_to_tensor(reference.center_crop(reference.resize(image, size), size))
 
 
@@ -50,8 +48,7 @@ def write_mnist(root, folder, train, test):
 
 
 def write_cifar10(root, train, test, monkeypatch):
-    r"""Five batches and a test batch; train and test have shape (N, 3, 32, 32)."""
-
+    r"""Five batches and a test batch of shape (N, 3, 32, 32); image i is of class i % 10."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
 
@@ -63,12 +60,12 @@ def write_cifar10(root, train, test, monkeypatch):
         (folder / name).write_bytes(blob)
         return [name, md5(blob).hexdigest()]
 
-    def write_batch(name, images):
-        data = images.reshape(len(images), 3072)
-        return write(name, {"data": data, "labels": [0] * len(images)})
+    def write_batch(name, images, start=0):
+        labels = [(start + i) % 10 for i in range(len(images))]
+        return write(name, {"data": images.reshape(len(images), 3072), "labels": labels})
 
-    parts = np.split(train, 5)
-    train_list = [write_batch(f"data_batch_{i}", part) for i, part in enumerate(parts, start=1)]
+    parts, size = np.split(train, 5), len(train) // 5
+    train_list = [write_batch(f"data_batch_{i + 1}", p, size * i) for i, p in enumerate(parts)]
     test_list = [write_batch("test_batch", test)]
     name, digest = write("batches.meta", {"label_names": list("abcdefghij")})
     meta = {"filename": name, "key": "label_names", "md5": digest}
@@ -78,7 +75,6 @@ def write_cifar10(root, train, test, monkeypatch):
 
 def write_celeba(root, partition="001012011020"):
     r"""Aligned JPEG images of 178x218 pixels; returns them decoded, in lists by split."""
-
     folder = root / "celeba"
     (folder / "img_align_celeba").mkdir(parents=True)
     images, lines = ([], [], []), []
@@ -93,7 +89,6 @@ def write_celeba(root, partition="001012011020"):
 
 def write_folder(root, count, start=0, size=8):
     r"""Grey images whose pixels are their number."""
-
     for i in range(start, start + count):
         path = root / f"class{i % 3}" / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from pyro_vaediff.likelihoods import make_likelihood
-from pyro_vaediff.nn import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
+from pyro_vaediff.nn import (
+    ConvDecoder,
+    ConvEncoder,
+    MLPDecoder,
+    MLPEncoder,
+    check_image_size,
+    mlp,
+    paper_decoder,
+    paper_encoder,
+)
 
 SIZES = [8, 16, 28, 32, 64]
 BATCH_SHAPES = [(), (1,), (5,), (0,), (2, 3), (3, 1, 2)]
@@ -89,6 +98,31 @@ def test_28_pixels_are_the_centre_of_32(device):
     torch.testing.assert_close(small[1](z).mean, large[1](z).mean[..., 2:30, 2:30])
 
 
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        *[((n, n), (4, 4)) for n in (8, 16, 28, 32, 64, 128, 256)],
+        *[((n, n), (3, 3)) for n in (12, 48, 96)],
+        ((28, 20), (7, 5)),
+        ((33, 47), (5, 6)),
+        ((8, 256), (4, 128)),
+    ],
+)
+def test_any_size(device, shape, sides):
+    # The pixels that count are all of them, and no others: those of the padding do not.
+    check_image_size(*shape)
+    encoder = ConvEncoder((2, *shape), 3, width=2).to(device)
+    decoder = ConvDecoder(3, make_likelihood("gaussian", (2, *shape)), width=2).to(device)
+    area = sides[0] * sides[1]
+    assert encoder.head.in_features / area == encoder.features[-4].out_channels
+    assert decoder.maps[1].unflattened_size[1:] == sides
+    x = torch.randn(1, 2, *shape, device=device, requires_grad=True)
+    mean = decoder(encoder(x).mean).mean
+    assert mean.shape == x.shape
+    mean.square().sum().backward()
+    assert (x.grad.abs().amax(1) > 0).all()
+
+
 # --- Independence of the examples ---
 
 
@@ -128,6 +162,57 @@ def test_decoder_sees_the_length_of_the_latent(device, size, options):
     near, far = decoder(z).mean, decoder(3 * z).mean
     # A GroupNorm right after the latent would leave a change of 0.12 standard deviations here.
     assert (far - near).square().mean().sqrt() > 0.2 * far.std()
+
+
+# --- MLPs and contexts ---
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlps_are_those_of_the_papers(device, gated):
+    encoder = MLPEncoder((1, 28, 28), 40, gated=gated).to(device)
+    decoder = MLPDecoder(40, make_likelihood("bernoulli", (1, 28, 28)), gated=gated).to(device)
+    layers = 2 if gated else 1  # of the same size: the features and their gate
+    assert num_parameters(encoder) == layers * (785 * 300 + 301 * 300) + 301 * 80
+    assert num_parameters(decoder) == layers * (41 * 300 + 301 * 300) + 301 * 784
+    q_z0 = encoder(torch.rand(2, 5, 1, 28, 28, device=device))
+    assert (q_z0.batch_shape, q_z0.event_shape) == ((2, 5), (40,))
+    p_x = decoder(q_z0.rsample())
+    assert (p_x.batch_shape, p_x.event_shape) == ((2, 5), (1, 28, 28))
+    with pytest.raises(ValueError, match=r"x must end in shape \(1, 28, 28\)"):
+        encoder(torch.rand(5, 784, device=device))
+    with pytest.raises(ValueError, match=r"z must end in shape \(40,\)"):
+        decoder(torch.rand(5, 41, device=device))
+
+
+def test_a_gate_multiplies(device):
+    net = mlp(3, 2, (4,), gated=True).to(device)
+    x = torch.randn(5, 3, device=device)
+    value, gate = net[0](x).chunk(2, -1)
+    torch.testing.assert_close(net(x), net[-1](value * torch.sigmoid(gate)))
+
+
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+def test_a_context_is_a_row_per_datum(device, kind):
+    Encoder, Decoder = (ConvEncoder, ConvDecoder) if kind == "conv" else (MLPEncoder, MLPDecoder)
+    torch.manual_seed(0)
+    likelihood = make_likelihood("gaussian", (1, 8, 8))
+    encoder = Encoder((1, 8, 8), 2, context_features=3).to(device)
+    decoder = Decoder(2, likelihood, context_features=3).to(device)
+    x, c = torch.randn(4, 1, 8, 8, device=device), torch.randn(4, 3, device=device)
+    q_z0 = encoder(x, c)
+    z = q_z0.rsample((5,))
+    p_x = decoder(z, c)
+    assert p_x.batch_shape == (5, 4)
+    for s, i in [(0, 0), (4, 3)]:  # the datum alone, with its own context
+        torch.testing.assert_close(encoder(x[i], c[i]).mean, q_z0.mean[i])
+        torch.testing.assert_close(decoder(z[s, i], c[i]).mean, p_x.mean[s, i])
+    assert (encoder(x, c.flip(0)).mean - q_z0.mean).abs().max() > 1e-3
+    assert (decoder(z, c.flip(0)).mean - p_x.mean).abs().max() > 1e-3
+    for wrong in (None, c[:, :2]):
+        with pytest.raises(ValueError, match="c must be a context with 3 features"):
+            encoder(x, wrong)
+    with pytest.raises(ValueError, match=r"a context with 0 features .*, got 3"):
+        Encoder((1, 8, 8), 2).to(device)(x, c)
 
 
 # --- Numerics ---
@@ -241,12 +326,12 @@ def test_paper_presets_are_selu_and_batch_norm():
     [
         ({"image_shape": (1, 8)}, "image_shape"),
         ({"image_shape": (0, 8, 8)}, "image_shape"),
-        ({"image_shape": (1, 8, 16)}, "image_shape must have H = W"),
-        ({"image_shape": (1, 30, 30)}, "image_shape must have H = W in 8, 16, 28, 32, 64"),
+        ({"image_shape": (1, 7, 8)}, "7 x 8 pixels: .* 8 to 256 .*--image-size"),
+        ({"image_shape": (1, 64, 257)}, "64 x 257 pixels: .*--image-size"),
         ({"latent_dim": 0}, "latent_dim"),
         ({"latent_dim": 2.0}, "latent_dim"),
         ({"width": 0}, "width"),
-        ({"norm": "layer"}, "norm must be one of group, batch, none"),
+        ({"norm": "layer"}, "unknown norm .*: choose one of group, batch, none"),
         ({"channels": (8,)}, "channels must be 2 positive ints"),
         ({"channels": (8, 0)}, "channels must be 2 positive ints"),
         ({"min_scale": 0.0}, "min_scale"),
@@ -265,7 +350,7 @@ def test_encoder_rejects(kwargs, match):
         ({"width": -1}, "width"),
         ({"norm": "layer"}, "norm"),
         ({"channels": (8, 8, 8)}, "channels"),
-        ({"likelihood": make_likelihood("gaussian", (1, 9, 9))}, "image_shape"),
+        ({"likelihood": make_likelihood("gaussian", (1, 7, 7))}, "--image-size"),
         ({"likelihood": make_likelihood("bernoulli", (1, 8, 8)), "tanh": True}, "tanh"),
     ],
 )

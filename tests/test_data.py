@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from image_files import (
+    SPLITS,
     noise,
     resized,
     rows,
@@ -25,13 +26,27 @@ from pyro_vaediff.data import DATASETS, ImageData, load
 # Official data sets
 
 
+def check_labels(data, target):
+    r"""Checks the labels against those of the images' bytes."""
+    for images, split in zip(splits(data), SPLITS, strict=True):
+        expected = [target[image.numpy().tobytes()] for image in images]
+        assert getattr(data, f"{split}_labels").tolist() == expected
+
+
 def test_digits():
     from sklearn.datasets import load_digits
 
     data = load("digits")
     assert sizes(data) == (1197, 300, 300)
     assert data.levels == 17 and not data.horizontal_flip and data.image_shape == (1, 8, 8)
-    assert rows(*splits(data)) == rows(load_digits().images.astype(np.uint8))
+    digits = load_digits()
+    assert rows(*splits(data)) == rows(digits.images.astype(np.uint8))
+    # No digit is there twice, so that the image tells the label.
+    target = {
+        x.astype(np.uint8).tobytes(): y for x, y in zip(digits.images, digits.target, strict=True)
+    }
+    assert len(target) == 1797 and data.num_classes == 10
+    check_labels(data, target)
     assert all(map(torch.equal, splits(data), splits(load("digits"))))
     assert not torch.equal(data.test, load("digits", seed=1).test)
     limited = load("digits", image_size=8, channels=1, limit=10)
@@ -53,6 +68,9 @@ def test_mnist(tmp_path, name, folder):
     assert data.image_shape == (1, 28, 28) and data.levels == 256 and not data.horizontal_flip
     assert rows(data.train, data.validation) == rows(train)
     assert np.array_equal(data.test[:, 0], test)
+    # write_mnist draws the labels of both splits like this.
+    labels = [*noise(20, high=10), *noise(6, high=10)]
+    check_labels(data, dict(zip(map(bytes, [*train, *test]), labels, strict=True)))
     assert all(map(torch.equal, splits(data), splits(load(name, str(tmp_path)))))
     assert not torch.equal(data.validation, load(name, tmp_path, seed=1).validation)
     limited = load(name, tmp_path, limit=3)
@@ -77,6 +95,7 @@ def test_cifar10(tmp_path, monkeypatch):
     assert data.image_shape == (3, 32, 32) and data.levels == 256 and data.horizontal_flip
     assert rows(data.train, data.validation) == rows(train)
     assert np.array_equal(data.test, test)
+    check_labels(data, {bytes(x): i % 10 for part in (train, test) for i, x in enumerate(part)})
     assert all(images.is_contiguous() for images in splits(data))
 
 
@@ -217,3 +236,18 @@ def test_image_data_is_checked():
         with pytest.raises(ValueError, match=message):
             ImageData("x", good, good, bad, levels=17)
     assert ImageData("x", good, good, good + 16, levels=17).levels == 17
+    labels = torch.tensor([0, 9])
+    options = {"train_labels": labels, "validation_labels": labels, "test_labels": labels}
+    assert ImageData("x", good, good, good, num_classes=10, **options).num_classes == 10
+    for bad, message in [
+        ({"num_classes": None}, "train_labels and num_classes go together"),
+        ({"test_labels": None}, "test_labels and num_classes go together"),
+        (
+            {"test_labels": labels[:1]},
+            r"must be 2 int64 numbers in 0\.\.9, not .*\(1,\)",
+        ),
+        ({"test_labels": labels.int()}, "test_labels must be 2 int64 numbers"),
+        ({"num_classes": 9}, r"train_labels must be 2 int64 numbers in 0\.\.8"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ImageData("x", good, good, good, **{"num_classes": 10, **options, **bad})

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from errors import one_line_value_error
 from image_files import noise, numbers, resized, sizes, splits, write_folder
 from PIL import Image
 
@@ -36,10 +37,21 @@ def test_folder_split_does_not_depend_on_the_order_of_files(tmp_path):
     assert all(map(torch.equal, splits(data), splits(other)))
 
 
-@pytest.mark.parametrize("held_out", [None, "val", "validation"])
-def test_folder_named_splits(tmp_path, held_out):
-    write_folder(tmp_path / "train", 20)
-    write_folder(tmp_path / "test", 7, start=20)
+@pytest.mark.parametrize(
+    ("train", "held_out", "test"),
+    [
+        ("train", None, "test"),
+        ("train", "val", "test"),
+        ("train", "validation", "test"),
+        ("train", "valid", "test"),
+        ("Train", None, "Test"),
+        ("training", None, "testing"),
+        ("images/train", "images/val", "images/test"),
+    ],
+)
+def test_folder_named_splits(tmp_path, train, held_out, test):
+    write_folder(tmp_path / train, 20)
+    write_folder(tmp_path / test, 7, start=20)
     expected = (18, 2, 7)
     if held_out:
         write_folder(tmp_path / held_out, 3, start=30)
@@ -53,6 +65,61 @@ def test_folder_named_splits(tmp_path, held_out):
         assert sorted(numbers(data.validation)) == [30, 31, 32]
     else:
         assert sorted(numbers(data.train) + numbers(data.validation)) == list(range(20))
+    check_labels(data)
+
+
+def check_labels(data):
+    """The class of an image with number i is i % 3, as ``write_folder`` names the folders."""
+    assert data.num_classes == 3
+    for split in ("train", "validation", "test"):
+        images, labels = getattr(data, split), getattr(data, f"{split}_labels")
+        assert labels.tolist() == [i % 3 for i in numbers(images)]
+
+
+def test_folders_of_classes(tmp_path):
+    write_folder(tmp_path / "a", 20)
+    check_labels(load("folder", tmp_path / "a"))
+    check_labels(load("folder", tmp_path / "a", limit=1))
+    Image.new("L", (8, 8), 99).save(tmp_path / "a" / "loose.png")
+    data = load("folder", tmp_path / "a")
+    assert data.num_classes is None and data.train_labels is None
+    # Splits below the classes.
+    for i in range(20):
+        folder = tmp_path / "b" / f"class{i % 3}" / ("test" if i > 15 else "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(folder / f"{i}.png")
+    data = load("folder", tmp_path / "b")
+    assert sorted(numbers(data.test)) == [16, 17, 18, 19]
+    check_labels(data)
+    # One class is none, even if it is called like a split.
+    write_folder(tmp_path / "c" / "images" / "train", 20)
+    (tmp_path / "c" / "images" / "train" / "class1").rename(tmp_path / "c" / "images" / "plane")
+    data = load("folder", tmp_path / "c")
+    assert sizes(data) == (16, 2, 2) and data.num_classes is None
+
+
+@pytest.mark.parametrize("where", ["loose.png", "extra/a.png", "images/a.png"])
+def test_images_beside_the_splits_are_named(tmp_path, where):
+    write_folder(tmp_path / "train", 20)
+    write_folder(tmp_path / "test", 5, start=20)
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    Image.new("L", (8, 8), 99).save(tmp_path / where)
+    with one_line_value_error(rf"splits test, train, but .*{where} is in none of them: move it"):
+        load("folder", tmp_path)
+
+
+def test_copies_across_splits_are_counted(tmp_path):
+    write_folder(tmp_path / "train", 20)
+    write_folder(tmp_path / "val", 5, start=20)
+    write_folder(tmp_path / "test", 5, start=30)
+    write_folder(tmp_path / "train", 2, start=33)
+    with pytest.warns(UserWarning, match="'folder': 2 of 5 test images are exact copies of train"):
+        load("folder", tmp_path)
+    for i in (33, 34):
+        (tmp_path / "train" / f"class{i % 3}" / f"{i:03}.png").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sizes(load("folder", tmp_path)) == (20, 5, 5)
 
 
 def test_folder_limit_mixes_classes(tmp_path):
@@ -64,7 +131,13 @@ def test_folder_limit_mixes_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("train", "val"), ("val", "test"), ("train", "test", "val", "validation")]
+    "names",
+    [
+        ("train", "val"),
+        ("val", "test"),
+        ("train", "test", "val", "validation"),
+        ("train", "Train", "test"),
+    ],
 )
 def test_folder_ambiguous_splits(tmp_path, names):
     for name in names:
@@ -140,7 +213,7 @@ def test_grey_images(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp", ".tif", ".PPM"])
-def test_colour_images(tmp_path, suffix):
+def test_color_images(tmp_path, suffix):
     pixels = noise(16, 16, 3)
     options = {"lossless": True} if suffix == ".webp" else {}
     image = Image.fromarray(pixels)

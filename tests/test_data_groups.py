@@ -7,6 +7,7 @@ import json
 import random
 import runpy
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -213,6 +214,20 @@ def test_files_are_named_by_path_or_name(tmp_path, names):
     data = load("folder", tmp_path / "images", groups=listed)
     assert sizes(data) == (80, 10, 10) and apart(*groups_in(data))
     assert read_groups(listed)["with a space.jpg"] == "8"
+
+
+@pytest.mark.parametrize("listed_form, file_form", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_that_looks_alike_is_the_same(tmp_path, listed_form, file_form):
+    write_folder(tmp_path / "images", 6)
+    group_of = [i // 2 for i in range(6)]
+    listed = write_list(tmp_path / "groups.txt", group_of, "{:03}.png")
+    old, new = "000.png", "Zoë 0.png"
+    path = tmp_path / "images" / "class0" / old
+    path.rename(path.with_name(unicodedata.normalize(file_form, new)))
+    text = listed.read_text().replace(old, unicodedata.normalize(listed_form, new))
+    listed.write_text(text, encoding="utf-8")
+    data = load("folder", tmp_path / "images", groups=listed)
+    assert apart(*groups_in(data, group_of)) and sizes(data) == (2, 2, 2)
 
 
 def test_a_path_goes_before_a_name(tmp_path):

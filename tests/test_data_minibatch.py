@@ -92,6 +92,21 @@ def test_batches_flip_each_image_with_probability_one_half(device):
     assert not torch.equal(found, again)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_labels_go_with_their_images(device, flip):
+    images, labels = numbered(23, width=3), torch.arange(23) + 100
+    options = {"shuffle": True, "device": device, "flip": flip}
+
+    def epoch(**more):
+        generator = torch.Generator().manual_seed(1)
+        return list(batches(images, 7, generator=generator, **options, **more))
+
+    for alone, (batch, told) in zip(epoch(), epoch(labels=labels), strict=True):
+        assert torch.equal(alone, batch)
+        assert told.device == batch.device
+        assert torch.equal(batch.amin(dim=(1, 2, 3)).long() + 100, told)
+
+
 def test_batches_do_not_flip_unless_asked(device):
     images = numbered(50)
     found = torch.cat(list(batches(images, 8, shuffle=False, device=device)))

@@ -12,7 +12,9 @@ import scipy.stats
 import torch
 
 from pyro_vaediff.likelihoods import (
+    BinarizedSpace,
     CategoricalLikelihood,
+    DequantizedSpace,
     GaussianLikelihood,
     check_range,
     make_likelihood,
@@ -96,7 +98,7 @@ def test_gaussian_density_is_scipys(device, sigma):
 def test_fixed_gaussian_has_the_floor_of_the_2021_code(device):
     likelihood = make_likelihood("gaussian-fixed", (3, 32, 32)).to(device)
     mean = torch.zeros(3, 32, 32, device=device)
-    nats_per_dim = -likelihood(mean).log_prob(mean).item() / 3072 - likelihood.log_bin_width(256)
+    nats_per_dim = -likelihood(mean).log_prob(mean).item() / 3072 - likelihood.space().log_bin_width
     # log2(sqrt(pi)) + log2(256 / 2); a standard deviation of 1/2 would have 7.33.
     assert nats_per_dim / math.log(2) == pytest.approx(math.log2(math.pi) / 2 + 7, abs=1e-5)
     assert nats_per_dim / math.log(2) == pytest.approx(7.83, abs=0.005)
@@ -110,6 +112,21 @@ def test_learned_sigma_is_bounded_below_and_gets_a_gradient(device):
     with torch.no_grad():
         likelihood.raw_sigma.fill_(-1e6)
     assert likelihood(x).base_dist.scale.min().item() == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_a_bin_of_the_logistic_holds_at_most_a_known_mass(device, levels):
+    # The smallest scale is a tenth of half a bin, so that a bin holds F(10) - F(-10) = tanh(5). In
+    # float64: float32 rounds locations of 256 levels by more than a ten-thousandth of a bin.
+    likelihood = make_likelihood("discretized-logistic", (1, 1, 1), levels).to(device)
+    x = torch.tensor([[[2 / (levels - 1) - 1]]], dtype=torch.float64, device=device)
+    loc = x.clone().requires_grad_()
+    law = likelihood(torch.cat([loc, torch.full_like(loc, -1e6)]))
+    exact = math.tanh(5) if levels > 2 else scipy.special.expit(10)
+    log_prob = law.log_prob(x)
+    assert log_prob.exp().item() == pytest.approx(exact, rel=1e-9)
+    log_prob.backward()
+    assert loc.grad.isfinite().all()
 
 
 def test_bernoulli_probability_is_scipys(device):
@@ -158,7 +175,8 @@ def test_mean_is_the_sum_over_the_levels(device, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_mean_and_log_prob_are_differentiable(device, name):
     likelihood, params = make(name, device)
-    x = likelihood.preprocess(torch.ones(SHAPE, dtype=torch.uint8, device=device), LEVELS).double()
+    x = likelihood.space(LEVELS).preprocess(torch.ones(SHAPE, dtype=torch.uint8, device=device))
+    x = x.double()
     params.requires_grad_()
     assert torch.autograd.gradcheck(lambda p: likelihood(p).log_prob(x), params)
     assert torch.autograd.gradcheck(lambda p: likelihood(p).mean, params)
@@ -171,57 +189,57 @@ def test_mean_and_log_prob_are_differentiable(device, name):
 @pytest.mark.parametrize("name", ["discretized-logistic", "categorical"])
 def test_grid_round_trip(device, name, levels):
     u = torch.arange(levels, dtype=torch.uint8, device=device).view(levels, 1, 1, 1)
-    likelihood = make_likelihood(name, (1, 1, 1), levels)
-    x = likelihood.preprocess(u, levels)
+    space = make_likelihood(name, (1, 1, 1), levels).space(levels)
+    x = space.preprocess(u)
     assert x.dtype == torch.get_default_dtype() and x.device == u.device
     exact = 2 * u.float() / (levels - 1) - 1
     torch.testing.assert_close(x, exact, atol=0, rtol=0)
-    torch.testing.assert_close(likelihood.to_unit(x), u.float() / (levels - 1))
+    torch.testing.assert_close(space.to_unit(x), u.float() / (levels - 1))
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_gaussian_dequantisation_is_uniform_over_the_bin(device, levels):
+def test_gaussian_dequantization_is_uniform_over_the_bin(device, levels):
     torch.manual_seed(0)
-    likelihood = make_likelihood("gaussian", (1, 1, 1), levels)
+    space = DequantizedSpace(levels)
     u = torch.arange(levels, dtype=torch.uint8, device=device).view(levels, 1, 1, 1)
-    x = likelihood.preprocess(u.expand(10_000, -1, -1, -1, -1), levels).double()
-    centre = (2 * (u.double() + 0.5) / levels) - 1
-    width = math.exp(likelihood.log_bin_width(levels))
-    assert (x - centre).abs().max() <= width / 2 + 1e-6
-    noise = ((x - centre) / width).flatten()
+    x = space.preprocess(u.expand(10_000, -1, -1, -1, -1)).double()
+    center = (2 * (u.double() + 0.5) / levels) - 1
+    width = math.exp(space.log_bin_width)
+    assert (x - center).abs().max() <= width / 2 + 1e-6
+    noise = ((x - center) / width).flatten()
     # The noise is U[-1/2, 1/2]: mean 0, variance 1/12, fourth moment 1/80.
     se = math.sqrt(1 / 12 / len(noise))
     assert noise.mean().abs() < 5 * se and se < 0.003
     se = math.sqrt((1 / 80 - 1 / 144) / len(noise))
     assert (noise.square().mean() - 1 / 12).abs() < 5 * se and se < 0.001
     unit = u.double() / (levels - 1)
-    torch.testing.assert_close(likelihood.to_unit(centre, levels), unit, atol=1e-10, rtol=0)
+    torch.testing.assert_close(space.to_unit(center), unit, atol=1e-10, rtol=0)
 
 
-def test_bernoulli_binarisation_keeps_the_mean(device):
+def test_bernoulli_binarization_keeps_the_mean(device):
     torch.manual_seed(0)
-    likelihood = make_likelihood("bernoulli", (1, 1, 1), 17)
+    space = BinarizedSpace(17)
     u = torch.arange(17, dtype=torch.uint8, device=device).view(17, 1, 1, 1)
-    x = likelihood.preprocess(u.expand(20_000, -1, -1, -1, -1), 17)
+    x = space.preprocess(u.expand(20_000, -1, -1, -1, -1))
     assert ((x == 0) | (x == 1)).all()
     p = u.float() / 16
     se = (p * (1 - p) / 20_000).sqrt()
     # At 0 and 16 the standard error is zero: these pixels are never random.
-    assert ((likelihood.to_unit(x).mean(0) - p).abs() <= 5 * se).all() and se.max() < 0.004
+    assert ((space.to_unit(x).mean(0) - p).abs() <= 5 * se).all() and se.max() < 0.004
 
 
 def test_to_unit_clamps(device):
     x = torch.tensor([-7.0, 7.0], device=device)
     for name in NAMES:
-        assert make_likelihood(name, (1, 8, 8)).to_unit(x).tolist() == [0.0, 1.0]
+        assert make_likelihood(name, (1, 8, 8)).space().to_unit(x).tolist() == [0.0, 1.0]
 
 
-def test_discrete_flags_and_bin_widths():
-    for name in NAMES:
-        likelihood = make_likelihood(name, (1, 8, 8))
-        assert likelihood.discrete == ("gaussian" not in name)
-        exact = 0.0 if likelihood.discrete else math.log(2 / 17)
-        assert likelihood.log_bin_width(17) == pytest.approx(exact, abs=1e-12)
+@pytest.mark.parametrize("name", NAMES)
+def test_only_a_density_has_bins(name):
+    space = make_likelihood(name, (1, 8, 8), 17).space(17)
+    assert space.levels == 17
+    exact = math.log(2 / 17) if "gaussian" in name else 0.0
+    assert space.log_bin_width == pytest.approx(exact, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -238,7 +256,7 @@ def test_number_of_maps(name):
 def test_observed_in_a_plate_with_validation(device, name, particles):
     likelihood, params = make(name, device, (3, 5) if particles else (5,), torch.float32)
     images = torch.randint(LEVELS, (5, *SHAPE), dtype=torch.uint8).to(device)
-    x = likelihood.preprocess(images, LEVELS)
+    x = likelihood.space(LEVELS).preprocess(images)
 
     def model():
         with pyro.plate("data", 5, dim=-1):
@@ -275,9 +293,9 @@ def test_plate_expands_the_distribution(device, name):
 @pytest.mark.parametrize("name", ["bernoulli", "discretized-logistic", "categorical"])
 def test_validation_finds_images_of_another_x_space(device, name):
     likelihood, params = make(name, device)
-    dequantised = torch.full(SHAPE, 0.123, dtype=torch.float64, device=device)
+    dequantized = torch.full(SHAPE, 0.123, dtype=torch.float64, device=device)
     with pyro.validation_enabled(), pytest.raises(ValueError, match="support"):
-        likelihood(params).log_prob(dequantised)
+        likelihood(params).log_prob(dequantized)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -314,20 +332,17 @@ def test_broken_input_raises():
 @pytest.mark.parametrize("name", NAMES)
 def test_broken_images_and_maps_raise(device, name):
     likelihood, params = make(name, device)
-    images = torch.zeros(7, *SHAPE, dtype=torch.uint8, device=device)
-    with pytest.raises(ValueError, match="images must be uint8"):
-        likelihood.preprocess(images.float(), LEVELS)
-    with pytest.raises(ValueError, match="images must end in shape"):
-        likelihood.preprocess(images.mT, LEVELS)
+    with pytest.raises(ValueError, match=r"images must be uint8 with values 0\.\.4, got"):
+        likelihood.space(LEVELS).preprocess(torch.zeros(SHAPE, device=device))
     with pytest.raises(ValueError, match="levels"):
-        likelihood.preprocess(images, 1)
+        likelihood.space(1)
     with pytest.raises(ValueError, match="params must end in shape"):
         likelihood(params[1:])
 
 
 def test_grid_likelihoods_reject_other_levels():
     with pytest.raises(ValueError, match="levels=256"):
-        CategoricalLikelihood((1, 2, 2), 17).preprocess(torch.zeros(1, 2, 2, dtype=torch.uint8))
+        CategoricalLikelihood((1, 2, 2), 17).space()
 
 
 def test_check_range(device):

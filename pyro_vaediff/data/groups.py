@@ -71,7 +71,9 @@ def find_groups(paths: Sequence[Path], root: Path, listed: Path) -> dict[Path, s
             images have.
     """
     groups = read_groups(listed)
-    found, missing, named = {}, [], {}
+    found: dict[Path, str] = {}
+    named: dict[str, Path] = {}
+    missing: list[str] = []
     for path in paths:
         relative = path.relative_to(root).as_posix()
         name = composed(relative) if composed(relative) in groups else composed(path.name)
