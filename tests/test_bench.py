@@ -193,7 +193,7 @@ def squares_by_hand(vae, datum, t, given, num_draws):
     oracle = Oracle(vae, datum[None])
     alpha_bar = torch.cumprod(1 - vae.prior.schedule.betas, 0).detach()
     beta, alpha, ab, ab_s = oracle.beta[t], 1 - oracle.beta[t], alpha_bar[t], alpha_bar[t - 1]
-    net = vae.prior.denoiser.backbone
+    net = vae.prior.denoiser.backbone.net
     encoder = [vae.encoder.weight[0], vae.encoder.bias[0], vae.encoder.log_scale[0]]
     denoiser = [net.weight[0, t], net.bias[0, t]]
     copies = [
@@ -249,7 +249,9 @@ class Fixed(Proposal):
 def test_timesteps_in_proportion_to_the_noise_minimize_the_variance(vae, x):
     pyro.enable_validation(False)
     x = x[:1]
-    vae.prior.denoiser.backbone.bias.data[0, 3] += 2.0  # a timestep that is noisier than the others
+    vae.prior.denoiser.backbone.net.bias.data[0, 3] += (
+        2.0  # a timestep that is noisier than the others
+    )
     rms = gradient_noise_by_timestep(vae, x, [2, 3, 4], draws=250)["prior"]
     proposals = {
         "optimal": rms / rms.sum(),
@@ -265,9 +267,9 @@ def test_timesteps_in_proportion_to_the_noise_minimize_the_variance(vae, x):
         columns = dict(
             zip(["value", *dict(vae.named_parameters())], estimates.split(sizes, -1), strict=True)
         )
-        net = vae.prior.denoiser.backbone
+        net = vae.prior.denoiser.backbone.net
         squares = sum(
-            columns[f"prior.denoiser.backbone.{key}"]
+            columns[f"prior.denoiser.backbone.net.{key}"]
             .unflatten(-1, getattr(net, key).shape[1:])[:, 2:]
             .flatten(1)
             .square()

@@ -62,7 +62,7 @@ def gradient_of(estimates, vae, wanted):
 
 def steps_from_two(estimates, vae):
     r"""Returns the gradient of the denoiser at t >= 2: the rows of its tables are times."""
-    columns = gradient_of(estimates, vae, "prior.denoiser.backbone")
+    columns = gradient_of(estimates, vae, "prior.denoiser.backbone.net")
     return torch.cat([column[:, :, 0, 2:].flatten(2) for column in columns], -1)
 
 

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from errors import one_line_value_error
-from PIL import Image
-
-from pyro_vaediff.plotting import (
+from estimators.plots import (
     estimators,
     pareto_front,
     plot_convergence,
@@ -19,6 +17,8 @@ from pyro_vaediff.plotting import (
     plot_pareto,
     plot_training,
 )
+from PIL import Image
+
 from pyro_vaediff.plotting.style import BLACK, BLUE, ORANGE, VERMILLION
 
 GROUPS = ("sampled KL", "closed-form KL", "one timestep", "importance", "antithetic", "collapsed")

@@ -6,8 +6,7 @@ import math
 
 import pytest
 from errors import one_line_value_error
-
-from pyro_vaediff.summary import (
+from grid.summary import (
     Statistic,
     flatten,
     markdown,

@@ -133,7 +133,7 @@ def background(fake):
     def start(*args, seconds=0.0):
         code = (
             f"import runpy, sys; sys.path.insert(0, {str(EXPERIMENTS)!r})\n"
-            f"import grid_runs; grid_runs.RUN = {str(fake)!r}\n"
+            f"import grid.runs; grid.runs.RUN = {str(fake)!r}\n"
             f"sys.argv = {[str(SCRIPT), *map(str, args), '--quiet']!r}\n"
             f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
         )

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from estimators import ENTRIES, SERIOUS
 from PIL import Image
 from pyro.infer import Trace_ELBO
 from scripts import EXPERIMENTS, call, script_errors
 
-from pyro_vaediff.bench import ENTRIES, SERIOUS, Entry
+from pyro_vaediff.bench import Entry
 from pyro_vaediff.data import load
-from pyro_vaediff.evaluate.elbo import evaluate
+from pyro_vaediff.evaluate import evaluate
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.train.build import make_vae
-from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.loop import load_vae
+from pyro_vaediff.train import ModelConfig, load_vae, make_vae
 
 SCRIPT = EXPERIMENTS / "train_estimators.py"
 NAMES = ("uniform k=1 | z_0", "importance LD k=8 | z_0, antithetic")
