@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import parse_device
+from common import exit_on_error, parse_device
 
-from pyro_vaediff.arguments import check_seed, exit_on_error
+from pyro_vaediff.arguments import check_seed
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.evaluate import Surgery, bits_per_dim, elbo_surgery, evaluate, log_likelihood
 from pyro_vaediff.files import read_json, write_json
