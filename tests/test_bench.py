@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pyro
 import pytest
 import torch
-from estimators import BASELINE, ENTRIES, SERIOUS, NoisyIWAE, log_mean_exp_bias, mean_field_bias
+from estimators import BASELINE, ENTRIES, SERIOUS
 from estimators import entries as entries_module
+from estimators.counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
 from estimators.page import markdown_table, significant
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import integrate
@@ -249,9 +250,7 @@ class Fixed(Proposal):
 def test_timesteps_in_proportion_to_the_noise_minimize_the_variance(vae, x):
     pyro.enable_validation(False)
     x = x[:1]
-    vae.prior.denoiser.backbone.net.bias.data[0, 3] += (
-        2.0  # a timestep that is noisier than the others
-    )
+    vae.prior.denoiser.backbone.net.bias.data[0, 3] += 2.0  # noisier than the others
     rms = gradient_noise_by_timestep(vae, x, [2, 3, 4], draws=250)["prior"]
     proposals = {
         "optimal": rms / rms.sum(),
@@ -665,7 +664,8 @@ def test_proposals_that_learn_have_learned_before_they_are_measured(bench):
 def describe(elbo):
     r"""Returns the options of an estimator, in the form of a name."""
     collapse = elbo.collapse
-    proposal = type(elbo.proposal).__name__ if elbo.proposal is not None else "all"
+    proposal = "all" if elbo.proposal is None else type(elbo.proposal).__name__
+    proposal = proposal.removesuffix("Timesteps")
     words = re.sub("(?<=[a-z])(?=[A-Z])", "-", proposal).lower()
     words += " LD" if collapse.low_discrepancy else ""
     words += f" k={collapse.k}" if elbo.proposal is not None else ""
@@ -732,7 +732,7 @@ def test_mean_field_bias(device, order, reverse_variance, T, chunk_size):
 
 
 class Squares(torch.nn.Module):
-    def forward(self, z, t):
+    def forward(self, z, log_snr):
         return 0.3 * z.square()
 
 
@@ -742,7 +742,7 @@ def test_mean_field_bias_of_a_denoiser_that_is_not_linear(device, order):
     r"""Then the covariances depend on where z_t is. The bias is that of what Pyro's ELBO says."""
     pyro.enable_validation(False)
     vae = linear_gaussian_vae(4, parameterization="mu").to(device)
-    vae.prior.denoiser = Squares()
+    vae.prior.denoiser.backbone = Squares()
     vae.encoder.bias.data += 1.0
     x = 0.5 * torch.randn(2000, 3, dtype=torch.float64, device=device)
     wrong = draw_values(ENTRIES[f"TraceMeanField_ELBO, {order}"], vae, x, draws=40)
