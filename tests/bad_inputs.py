@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.infer
 import torch
+from pyro_vaediff.evaluate.log_likelihood import log_likelihood, prior_log_prob
 
 from pyro_vaediff import (
     VAE,
@@ -33,7 +34,6 @@ from pyro_vaediff.evaluate import (
     reference_statistics,
 )
 from pyro_vaediff.evaluate.elbo import evaluate
-from pyro_vaediff.evaluate.log_likelihood import log_likelihood, prior_log_prob
 from pyro_vaediff.evaluate.surgery import elbo_surgery
 from pyro_vaediff.files import check_folder, load_checkpoint, read_json
 from pyro_vaediff.infer import Importance, LossAware, elbo_terms, make_elbo, particle_options

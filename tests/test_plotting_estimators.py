@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from errors import one_line_value_error
+from estimators import plots
 from estimators.plots import (
-    estimators,
     pareto_front,
     plot_convergence,
     plot_gradient_noise,
@@ -33,7 +33,7 @@ def drawn(monkeypatch):
 
     def draw(plot, *args, **kwargs):
         figures = []
-        monkeypatch.setattr(estimators, "save", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
         plot(*args, path="unused.png", **kwargs)
         (figure,) = figures
         figure.draw_without_rendering()
