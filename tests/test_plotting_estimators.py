@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 
+import estimators.plots as module
 import numpy as np
 import pytest
 import torch
 from errors import one_line_value_error
-from estimators import plots
 from estimators.plots import (
     pareto_front,
     plot_convergence,
@@ -33,7 +33,7 @@ def drawn(monkeypatch):
 
     def draw(plot, *args, **kwargs):
         figures = []
-        monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
         plot(*args, path="unused.png", **kwargs)
         (figure,) = figures
         figure.draw_without_rendering()
