@@ -45,13 +45,14 @@ from pyro_vaediff.data import DATASETS, load
 from pyro_vaediff.evaluate import EXTRACTORS, load_extractor
 from pyro_vaediff.evaluate.elbo import value_elbo
 from pyro_vaediff.files import check_folder, write_json
-from pyro_vaediff.infer import PROPOSALS, WEIGHTINGS, make_elbo, particle_options
-from pyro_vaediff.nn import DENOISERS
+from pyro_vaediff.infer import PROPOSALS, REWEIGHTINGS, make_elbo, particle_options
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.train import distributed
+from pyro_vaediff.train.build import DENOISERS
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
-from pyro_vaediff.train.loop import CHECKPOINT, NonFiniteError, Trainer
+from pyro_vaediff.train.loop import NonFiniteError, Trainer
 from pyro_vaediff.train.report import report
+from pyro_vaediff.train.runs import CHECKPOINT
 
 # What a setting is if it is not given. The paper's, where it has a say.
 DEFAULTS: dict[str, dict[str, object]] = {
@@ -151,7 +152,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     elbo.add_argument(
         "--num-particles", type=int, default=1, help="draws of z_0 per datum (%(default)s)"
     )
-    elbo.add_argument("--weighting", default="elbo", help=", ".join(WEIGHTINGS) + " (%(default)s)")
+    elbo.add_argument(
+        "--weighting", default="elbo", help=", ".join(("elbo", *REWEIGHTINGS)) + " (%(default)s)"
+    )
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, help="passes that train everything")
@@ -195,6 +198,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument(
         "--ema", type=float, default=0.0, help="decay of a weight average, 0: none"
+    )
+    training.add_argument("--max-steps", type=int, help="steps after which training ends")
+    training.add_argument("--max-seconds", type=float, help="seconds after which training ends")
+    training.add_argument(
+        "--patience", type=int, help="epochs without a better validation loss before training ends"
+    )
+    training.add_argument(
+        "--validate-every", type=int, default=1, help="epochs between validations (%(default)s)"
     )
     training.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     training.add_argument(
@@ -334,7 +345,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         for name in ("timesteps", "k", "conditioning", "weighting", "entropy", "num_particles")
     } | {"antithetic": not args.no_antithetic}
     elbo = make_elbo(args.estimator, **options | particle_options(args.num_particles))
-    trainer = Trainer(
+    trainer = Trainer.from_config(
         model_config, train_config, elbo, data, device, args.out, args.snapshots, args.init
     )
     if args.resume:
@@ -351,6 +362,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if main_process:
         write_json(args.out / "config.json", config)
         print(", ".join(f"{name} {value}" for name, value in config.items()))
+        sizes = (f"{name} {len(getattr(data, name))}" for name in ("train", "validation", "test"))
+        print("images: " + ", ".join(sizes))
         print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
     test_elbo = value_elbo(args.test_k) if args.test_k else None

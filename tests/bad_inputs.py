@@ -35,22 +35,29 @@ from pyro_vaediff.evaluate import (
 )
 from pyro_vaediff.evaluate.elbo import evaluate
 from pyro_vaediff.evaluate.surgery import elbo_surgery
-from pyro_vaediff.files import check_folder, load_checkpoint, read_json
-from pyro_vaediff.infer import Importance, LossAware, elbo_terms, make_elbo, particle_options
+from pyro_vaediff.files import check_folder, read_json
+from pyro_vaediff.infer import (
+    ImportanceTimesteps,
+    LossAwareTimesteps,
+    elbo_terms,
+    make_elbo,
+    particle_options,
+)
 from pyro_vaediff.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
     GaussianLikelihood,
     make_likelihood,
 )
-from pyro_vaediff.nn import ConvDecoder, ConvEncoder, MLPDenoiser, ResidualDenoiser
+from pyro_vaediff.nn import ConvDecoder, ConvEncoder, MLPDenoiser, ResidualMLP
 from pyro_vaediff.plotting import plot_history, save_image_grid
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.sampling.samplers import ddim, interpolate, reconstruct, sample, trajectory
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule, make_schedule
+from pyro_vaediff.train import load_checkpoint
 from pyro_vaediff.train.build import make_prior, make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
-from pyro_vaediff.train.loop import load_data, load_vae
+from pyro_vaediff.train.runs import load_data, load_vae
 
 nan, inf = math.nan, math.inf
 
@@ -204,11 +211,11 @@ LIBRARY = [
         r"tanh needs a likelihood whose maps are a mean in \[-1, 1\], got Bernoulli.*",
     ),
     (
-        lambda it: ResidualDenoiser(2, LinearSchedule(4), width=0),
+        lambda it: ResidualMLP(2, LinearSchedule(4), width=0),
         "width must be a whole number >= 1, got 0",
     ),
     (
-        lambda it: ResidualDenoiser(2, LinearSchedule(4), embedding_dim=3),
+        lambda it: ResidualMLP(2, LinearSchedule(4), embedding_dim=3),
         "the embedding dimension must be even and positive, got 3",
     ),
     (lambda it: MLPDenoiser(2, 0), "num_timesteps must be a whole number >= 1, got 0"),
@@ -289,8 +296,8 @@ LIBRARY = [
         "conditioning must be 'z_0' or 'x', got 'x_0'",
     ),
     (
-        lambda it: Timestep_ELBO(weighting="vlb"),
-        "unknown weighting 'vlb': choose one of elbo, simple, paper",
+        lambda it: Reweighted(Timestep_ELBO(), "vlb"),
+        "unknown weighting 'vlb': choose one of simple, paper",
     ),
     (lambda it: TraceKL_ELBO(entropy="none"), "entropy must be 'exact' or 'path', got 'none'"),
     (lambda it: TraceKL_ELBO(num_particles=0), "num_particles must be a whole number >= 1, got 0"),
@@ -299,10 +306,10 @@ LIBRARY = [
         "num_particles must be a whole number >= 1, got -1",
     ),
     (
-        lambda it: Timestep_ELBO(weighting="simple", conditioning="x").loss(
+        lambda it: Reweighted(Timestep_ELBO(conditioning="x"), "simple").loss(
             it.vae.model, it.vae.guide, it.x
         ),
-        "weighting='simple' is defined for conditioning='z_0' and a fixed reverse variance, got .*",
+        "the weightings 'simple' and 'paper' are defined for conditioning='z_0' and a fixed .*",
     ),
     (
         lambda it: Timestep_ELBO(conditioning="x").loss(
@@ -315,9 +322,9 @@ LIBRARY = [
         lambda it: make_elbo("iwae"),
         "unknown estimator 'iwae': choose one of timestep, trace, trace-kl",
     ),
-    (lambda it: Importance(scale=inf), "scale must be positive and finite, got inf"),
-    (lambda it: Importance(uniform=0), r"uniform must be in \(0, 1\], got 0"),
-    (lambda it: LossAware(decay=nan), "decay must .* got nan"),
+    (lambda it: ImportanceTimesteps(scale=inf), "scale must be positive and finite, got inf"),
+    (lambda it: ImportanceTimesteps(uniform=0), r"uniform must be in \(0, 1\], got 0"),
+    (lambda it: LossAwareTimesteps(decay=nan), "decay must .* got nan"),
     (
         lambda it: elbo_terms(it.vae.model, it.vae.guide, it.x, elbo=pyro.infer.Trace_ELBO()),
         "elbo must be a TraceKL_ELBO or Timestep_ELBO, got Trace_ELBO",
@@ -615,7 +622,7 @@ SCRIPTS = {
         ("--k 0", "k must be a whole number >= 1, got 0"),
         ("--num-particles 0", "num_particles must be a whole number >= 1, got 0"),
         ("--estimator iwae", "unknown estimator 'iwae': choose one of timestep, trace, .*"),
-        ("--weighting simple --conditioning x", "weighting='simple' is defined for .*"),
+        ("--weighting simple --conditioning x", "the weightings 'simple' and 'paper' are defined for .*"),
         ("--snapshots -1", "each of snapshots must be a whole number >= 0, got -1"),
         ("--snapshots 9", "each of snapshots must be at most the number of epochs, 1, got 9"),
         ("--test-k -1", "--test-k must be a whole number >= 0, got -1"),

@@ -39,8 +39,7 @@ import torch._dynamo  # which the first step of an optimizer imports
 
 from pyro_vaediff import files
 from pyro_vaediff.data import load
-from pyro_vaediff.files import load_checkpoint
-from pyro_vaediff.train import loop, optim
+from pyro_vaediff.train import load_checkpoint, loop, optim
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import run as script
@@ -155,7 +154,7 @@ class Run:
         return True
 
     def run(self, phases: Phases, at: float | None, summary: Path | None) -> None:
-        phases.watch(optim.SVI, "step", "step")
+        phases.watch(optim.TermsLoss, "__call__", "step")
         phases.watch(loop.Trainer, "validate", "validation")
         phases.watch(files, "replace", "write")
         phases.watch(script, "report", "report")

@@ -23,8 +23,8 @@ from scripts import EXPERIMENTS, script_errors
 from pyro_vaediff.arguments import exit_on_error
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluate.elbo import preprocess
-from pyro_vaediff.files import load_checkpoint, save_checkpoint
 from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.train import load_checkpoint, save_checkpoint
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
 from pyro_vaediff.train.loop import Trainer
 
@@ -57,7 +57,7 @@ def it(tmp_path_factory):
     def trainer(model=(), train=(), elbo=it.elbo, **options):
         config = {"latent_dim": 2, "width": 2, "levels": 17, "num_timesteps": 4} | dict(model)
         train_config = TrainConfig(**{"epochs": 1, "batch_size": 10} | dict(train))
-        return Trainer(ModelConfig(**config), train_config, elbo, data, **options)
+        return Trainer.from_config(ModelConfig(**config), train_config, elbo, data, **options)
 
     it.trainer = trainer
     trainer({"prior": "gaussian"}, out=it.gaussian).fit(progress=False)

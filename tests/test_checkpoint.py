@@ -16,13 +16,8 @@ from errors import one_line_value_error
 from processes import context
 
 from pyro_vaediff import files
-from pyro_vaediff.files import (
-    load_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-    write_atomically,
-    write_csv,
-)
+from pyro_vaediff.files import remove_unfinished, write_atomically, write_csv
+from pyro_vaediff.train import load_checkpoint, save_checkpoint
 
 
 class Malicious:

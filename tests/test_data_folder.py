@@ -10,6 +10,9 @@ from PIL import Image
 
 from pyro_vaediff.data import load
 
+# Most tests load copies of one image.
+pytestmark = pytest.mark.filterwarnings("ignore:.* are exact copies:UserWarning")
+
 # Folders: splits
 
 

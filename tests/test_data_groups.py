@@ -21,7 +21,8 @@ from pyro_vaediff.data import DATASETS, load
 from pyro_vaediff.data.groups import hold_out, read_groups
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
-from pyro_vaediff.train.loop import Trainer, load_data
+from pyro_vaediff.train.loop import Trainer
+from pyro_vaediff.train.runs import load_data
 
 # The image with number i, as write_folder names it, is in group PERSON[i].
 PERSON = [i // 2 if i < 40 else 20 + i for i in range(100)]
@@ -306,7 +307,7 @@ def make_trainer(tmp_path):
             "gaussian", latent_dim=2, width=4, image_shape=data.image_shape, levels=data.levels
         )
         config = TrainConfig(epochs=1, batch_size=20)
-        return Trainer(model, config, Timestep_ELBO(k=1), data, out=tmp_path / out)
+        return Trainer.from_config(model, config, Timestep_ELBO(k=1), data, out=tmp_path / out)
 
     return make
 

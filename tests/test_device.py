@@ -25,7 +25,7 @@ from pyro_vaediff.train.loop import Trainer, WeightAverage
 
 ESTIMATORS = {
     "importance": lambda: Timestep_ELBO(k=2),
-    "uniform, simple": lambda: Timestep_ELBO("uniform", k=2, weighting="simple"),
+    "uniform, simple": lambda: Reweighted(Timestep_ELBO("uniform", k=2), "simple"),
     "loss-aware, given x": lambda: Timestep_ELBO("loss-aware", k=2, conditioning="x"),
     "all": lambda: Timestep_ELBO("all", entropy="exact"),
     "particles": lambda: Timestep_ELBO(k=1, num_particles=2, vectorize_particles=True),
@@ -49,7 +49,9 @@ def make_trainer(device, estimator, model, num_images=80, **options) -> Trainer:
     small |= {"prior_width": 16}
     config = {"epochs": 1, "batch_size": 20, "ema": 0.9, "lr_schedule": "cosine"} | options
     elbo = ESTIMATORS[estimator]()
-    return Trainer(ModelConfig(**small | shape | model), TrainConfig(**config), elbo, data, device)
+    return Trainer.from_config(
+        ModelConfig(**small | shape | model), TrainConfig(**config), elbo, data, device
+    )
 
 
 # --- Without a GPU --------------------------------------------------------------------------------
@@ -130,12 +132,11 @@ def test_the_weight_average_is_that_of_torch(device):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += torch.randn_like(parameter)
-        ours.update_parameters(model)
+        ours.update(model)
         theirs.update_parameters(model)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value), name
-    assert not any(p.requires_grad and p.grad is not None for p in ours.parameters())
+    for name, value in ours.weights(model).items():
+        assert torch.equal(value, theirs.module.state_dict()[name]), name
+        assert not value.requires_grad
 
 
 # --- With a GPU -----------------------------------------------------------------------------------

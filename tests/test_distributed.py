@@ -30,13 +30,12 @@ from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO, files
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.diffusion import base_normal
 from pyro_vaediff.evaluate.elbo import evaluate, value_elbo
-from pyro_vaediff.files import load_checkpoint
 from pyro_vaediff.infer import Timesteps
-from pyro_vaediff.train import distributed, loop
+from pyro_vaediff.train import distributed, load_checkpoint, loop
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
 from pyro_vaediff.train.loop import NonFiniteError, Trainer
-from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.optim import TorchOptim, per_datum, make_svi
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 
@@ -157,7 +156,7 @@ def steps() -> dict[str, dict[str, Tensor]]:
         x = torch.rand(BATCH, 1, 8, 8, dtype=torch.float64)
         optim = TorchOptim(torch.optim.Adam(vae.parameters(), lr=1e-2), clip_norm=1.0)
         programs = (per_datum(vae.model, BATCH), per_datum(FixedNoise()(vae.guide), BATCH))
-        svi, gradients, norms = SVI(*programs, optim, estimator()), [], []
+        svi, gradients, norms = make_svi(*programs, optim, estimator()), [], []
 
         def look(*args, vae=vae, optim=optim, gradients=gradients, norms=norms):
             grads = [p.grad.flatten() for p in vae.parameters() if p.grad is not None]
@@ -165,7 +164,10 @@ def steps() -> dict[str, dict[str, Tensor]]:
             norms.append(optim.grad_norm)
 
         optim.optimizer.register_step_pre_hook(look)
-        terms = [torch.stack([*svi.step(distributed.share(x)).values()]) for _ in range(3)]
+        terms = []
+        for _ in range(3):
+            svi.step(distributed.share(x))
+            terms.append(torch.stack([*svi.loss.terms.values()]))
         results[f"{prior}, {name}"] = {
             "terms": torch.stack(terms),
             "gradients": torch.stack(gradients),  # after clipping
@@ -211,7 +213,7 @@ def make_trainer(out: Path | None, epochs: int, **options) -> Trainer:
     elbo = Timestep_ELBO(options.pop("timesteps", "importance"), k=2)
     model = ModelConfig(latent_dim=2, width=4, num_timesteps=5, prior_width=16)
     config = TrainConfig(epochs, **{"batch_size": 11, "lr": 2e-3, "ema": 0.5} | options)
-    return Trainer(model, config, elbo, DATA, out=out)
+    return Trainer.from_config(model, config, elbo, DATA, out=out)
 
 
 def train(out: Path | None, epochs: int, resume: bool = False, **options) -> dict:
@@ -222,7 +224,7 @@ def train(out: Path | None, epochs: int, resume: bool = False, **options) -> dic
     def preprocess(vae, batch, levels):
         seen.append([(int(x[0, 0, 0]), int(x[0, 1, 0])) for x in batch])  # the number, and the side
         seeds.append(torch.initial_seed())
-        return real_preprocess(vae, batch, levels)
+        return real_preprocess(vae, batch)
 
     def replace(path, write):
         written.append(path.name)
@@ -296,7 +298,7 @@ def test_the_validation_loss_is_the_mean_over_all_images(straight):
     loss = 0.0
     for rank, part in enumerate(DATA.validation.tensor_split(2)):  # of 6 and 5 images
         seed = distributed.fold_seed(0, rank)
-        terms = evaluate(trainer.average.module, part, 256, value_elbo(), seed=seed)
+        terms = evaluate(trainer.current(), part, value_elbo(), seed=seed)
         loss += len(part) * sum(terms.values()) / 11
     assert first["history"][-1]["validation"] == pytest.approx(loss, rel=1e-6)
 
@@ -304,7 +306,7 @@ def test_the_validation_loss_is_the_mean_over_all_images(straight):
 def test_what_only_one_process_sees_reaches_all_models():
     first, second = together(train, 2, None, 1, timesteps="loss-aware")
     assert first["model"] == second["model"]
-    assert len(first["model"]["elbo squares"]) == 6
+    assert len(first["model"]["elbo 0.squares"]) == 6
 
 
 def test_a_resumed_run_of_two_processes_is_the_run_that_never_stopped(straight, tmp_path):

@@ -11,7 +11,7 @@ from scripts import EXPERIMENTS, call, script_errors
 
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluate import evaluate
-from pyro_vaediff.train.loop import load_vae
+from pyro_vaediff.train.runs import load_vae
 
 TINY = ("--num-images", "6", "--num-samples", "2", "--num-steps", "4", "--surgery-images", "8")
 

@@ -14,13 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior
-from pyro_vaediff.evaluate import (
-    elbo_surgery,
-    evaluate,
-    kl_by_timestep,
-    log_likelihood,
-    preprocess,
-)
+from pyro_vaediff.evaluate import elbo_surgery, evaluate, kl_by_timestep, log_likelihood, preprocess
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.sampling import ddim, sample, trajectory
 from pyro_vaediff.testing import LinearGaussian, linear_gaussian_vae

@@ -5,46 +5,61 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pyro
 import pytest
 import torch
+from pyro.infer import Predictive
+from torch import nn
 
-from pyro_vaediff import FlowPrior
+from pyro_vaediff import VAE, FlowPrior, GaussianPrior, Timestep_ELBO
+from pyro_vaediff.nn.flows import FlowDistribution, masked_autoregressive_flow
 
-# Dimensions, numbers of steps and widths, among them a single variable and more than hidden units.
-SHAPES = [(1, 3, [8]), (2, 1, [8]), (3, 3, [8, 8]), (6, 2, [4, 4])]
+# Dimensions, numbers of steps, widths and features of the context, among them a single variable
+# and more than hidden units.
+SHAPES = [(1, 3, [8], 0), (1, 2, [8], 2), (2, 1, [8], 3), (3, 3, [8, 8], 0), (6, 2, [4, 4], 0)]
 
 
-def make_flow(device, D, num_steps=3, hidden=(8,), dtype=torch.float64):
-    prior = FlowPrior(D, num_steps, hidden)
+def make_flow(device, D, num_steps=3, hidden=(8,), context=0, dtype=torch.float64):
+    prior = FlowPrior(D, num_steps, hidden, context)
     with torch.no_grad():
         for parameter in prior.parameters():  # away from any special start
             parameter.add_(0.2 * torch.randn_like(parameter))
     return prior.to(device, dtype)
 
 
-def forward_map(prior, u):
+def context_of(prior, *batch):
+    r"""Returns a context, or None for a prior without."""
+    F = prior.context_features
+    return torch.randn(*batch, F).to(prior.origin) if F else None
+
+
+def forward_map(prior, u, c=None):
     r"""Returns z_0 = f_1(...f_n(u)), by the transform of zuko's distribution."""
-    return prior.distribution().dist.transform.inv(u)
+    return prior.distribution(c).dist.transform.inv(u)
 
 
-@pytest.mark.parametrize("D, num_steps, hidden", SHAPES)
-def test_log_prob_is_the_change_of_variables(device, D, num_steps, hidden):
-    prior = make_flow(device, D, num_steps, hidden)
+@pytest.mark.parametrize("D, num_steps, hidden, context", SHAPES)
+def test_log_prob_is_the_change_of_variables(device, D, num_steps, hidden, context):
+    prior = make_flow(device, D, num_steps, hidden, context)
     for u in torch.randn(4, D, dtype=torch.float64, device=device):
-        z = forward_map(prior, u).detach()
-        jacobian = torch.autograd.functional.jacobian(lambda u: forward_map(prior, u), u)
+        c = context_of(prior)
+        z = forward_map(prior, u, c).detach()
+        jacobian = torch.autograd.functional.jacobian(lambda u: forward_map(prior, u, c), u)  # noqa: B023
         expected = prior.standard_normal().log_prob(u) - torch.linalg.slogdet(jacobian).logabsdet
-        torch.testing.assert_close(prior.distribution().log_prob(z), expected, atol=1e-8, rtol=0)
+        torch.testing.assert_close(prior.log_prob(z, c), expected, atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("D, num_steps, hidden", SHAPES)
-def test_sampling_inverts_scoring_to_the_precision_of_the_dtype(device, D, num_steps, hidden):
+@pytest.mark.parametrize("D, num_steps, hidden, context", SHAPES)
+def test_sampling_inverts_scoring_to_the_precision_of_the_dtype(
+    device, D, num_steps, hidden, context
+):
     for dtype, atol in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
-        prior = make_flow(device, D, num_steps, hidden, dtype)
+        prior = make_flow(device, D, num_steps, hidden, context, dtype)
+        c = context_of(prior, 50)
         u = torch.randn(50, D, dtype=dtype, device=device)
-        z = forward_map(prior, u)
+        z = forward_map(prior, u, c)
         assert z.dtype == dtype
-        back = prior.distribution().dist.transform(z.clone())  # a copy, so that no cache answers
+        back = prior.distribution(c).dist.transform(z.clone())  # a copy, so that no cache answers
         torch.testing.assert_close(back, u, atol=atol, rtol=0)
 
 
@@ -114,10 +129,19 @@ def test_the_same_tensor_is_scored_afresh_after_a_step(device):
         torch.testing.assert_close(-prior.distribution().log_prob(z).mean(), fresh)
     assert losses[0] > losses[1] > losses[2]
 
+
+def test_the_score_of_a_draw_is_that_of_its_value(device):
+    prior = make_flow(device, 3)
+    q = prior.distribution()
+    z = q.rsample([5])
+    torch.testing.assert_close(q.log_prob(z), prior.log_prob(z.clone()), atol=1e-9, rtol=0)
     # Samples are drawn without gradients; scoring them has gradients nevertheless.
-    with torch.no_grad():
-        z = prior.distribution().sample([5])
-    assert prior.distribution().log_prob(z).requires_grad
+    z = q.sample([5])
+    assert q.log_prob(z).requires_grad
+    with torch.no_grad():  # where the score at the draw would do, but for the change
+        z = q.sample([5])
+        z.mul_(2)
+        assert torch.equal(q.log_prob(z), prior.log_prob(z.clone()))
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -146,3 +170,75 @@ def test_gradients_of_scores_and_of_samples(device):
         prior.zero_grad()
         prior.distribution().rsample([4]).square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in prior.parameters())
+
+
+def test_a_posterior_takes_one_evaluation_of_each_network(device):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = masked_autoregressive_flow(16, 3, 2, (8,), inverse=True)
+
+        def forward(self, x):
+            return FlowDistribution(self.flow(x), (16,))
+
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return pyro.distributions.Normal(z[..., :3], 1.0).to_event(1)
+
+    vae, calls = VAE(Encoder(), Decoder(), GaussianPrior(16)).to(device, torch.float64), []
+    for step in vae.encoder.flow.transform.transforms:
+        step.transform.hyper.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(6, 3, dtype=torch.float64, device=device)
+    Timestep_ELBO(max_plate_nesting=1).loss_and_grads(vae.model, vae.guide, x)
+    assert len(calls) == 2
+    assert all(p.grad is not None and p.grad.any() for p in vae.encoder.parameters())
+    # What was stored while drawing is the density, which a copy gets by D passes of each.
+    q = vae.encoder(x)
+    z = q.rsample()
+    torch.testing.assert_close(q.log_prob(z), vae.encoder(x).log_prob(z.clone()))
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_sites_in_plates_of_data_and_of_particles(device, context):
+    prior = make_flow(device, (1, 3), context=context)
+    c = context_of(prior, 4)
+
+    def model():
+        with pyro.plate("particles", 5, dim=-2), pyro.plate("data", 4, dim=-1):
+            return prior.model(c)
+
+    trace = pyro.poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    z = trace.nodes["z_0"]["value"]
+    assert z.shape == (5, 4, 1, 3)
+    for i in range(4):  # each datum by itself, in its own context
+        expected = prior.log_prob(z[:, i], None if c is None else c[i])
+        torch.testing.assert_close(trace.nodes["z_0"]["log_prob"][:, i], expected)
+    observed = pyro.poutine.condition(model, {"z_0": torch.zeros_like(z)})
+    expected = 5 * prior.log_prob(torch.zeros_like(z[0]), c).sum()
+    trace = pyro.poutine.trace(observed).get_trace()
+    torch.testing.assert_close(trace.log_prob_sum(), expected)
+    for parallel in (False, True):
+        draws = Predictive(pyro.plate("data", 4)(prior.model), num_samples=7, parallel=parallel)(c)
+        assert draws["z_0"].shape == (7, 4, 1, 3)
+
+
+@pytest.mark.parametrize(("D", "context"), [(1, 0), (1, 2), (5, 0), (5, 2)])
+def test_densities_are_in_full_precision_under_autocast(device, D, context):
+    prior = make_flow(device, D, context=context, dtype=torch.float32)
+    z, c = torch.randn(9, D, device=device), context_of(prior, 9)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = prior.log_prob(z, c)
+        assert prior.distribution(c).rsample().dtype == torch.float32
+    assert torch.equal(actual, prior.log_prob(z, c))
+
+
+def test_bad_input(device):
+    z, c = torch.randn(4, 3, device=device), torch.randn(4, 2, device=device)
+    for features, context in ((0, c), (2, None), (3, c)):
+        with pytest.raises(ValueError, match=f"context_features={features}"):
+            FlowPrior(3, 1, (8,), features).to(device).log_prob(z, context)
+    with pytest.raises(ValueError, match="float32 or float64"):
+        FlowPrior(3, 1, (8,)).to(device, torch.bfloat16).distribution()
+    with pytest.raises(ValueError, match="shape"):
+        FlowPrior((1, 3), 1, (8,)).to(device).log_prob(z[:, :, None])  # as many numbers

@@ -110,18 +110,22 @@ def test_the_encoder_stays_the_vaes(vae, x):
 
 
 def test_pseudo_inputs_stay_in_their_support_but_keep_their_gradient(device):
-    seen = []
-
     def encoder(u):
-        seen.append(u)
         return dist.Normal(u, 1.0).to_event(1)
 
+    u = torch.tensor([[-3.0, 0.5], [0.2, 4.0], [0.0, 1.0]], device=device)
+    confined = u.clamp(0, 1).requires_grad_()
     prior = VampPrior(encoder, 2, (2,), 3, support=(0.0, 1.0)).to(device)
     with torch.no_grad():
-        prior.pseudo_inputs.copy_(torch.tensor([[-3.0, 0.5], [0.2, 4.0], [0.0, 1.0]]))
-    prior.distribution().log_prob(torch.zeros(2, device=device)).backward()
-    assert seen[0].min() == 0 and seen[0].max() == 1
-    assert (prior.pseudo_inputs.grad[:2].abs().sum(-1) > 0).all()
+        prior.pseudo_inputs.copy_(u)
+    z = torch.tensor([0.3, 0.6], device=device)
+    expected = (encoder(confined).log_prob(z).exp().mean()).log()
+    torch.testing.assert_close(prior.log_prob(z), expected)
+    # The gradient of all of them, also of those outside, is that where they are seen.
+    prior.log_prob(z).backward()
+    expected.backward()
+    torch.testing.assert_close(prior.pseudo_inputs.grad, confined.grad)
+    assert (confined.grad != 0).all()
 
 
 @pytest.mark.parametrize("name", ["mixture", "vamp"])
@@ -154,3 +158,27 @@ def test_a_mixture_over_images_is_that_over_vectors(device):
     z = torch.randn(4, 1, 2, 3, device=device)
     torch.testing.assert_close(prior.log_prob(z), flat.log_prob(z.flatten(1)))
     assert prior.distribution().sample().shape == (1, 2, 3)
+
+
+def test_densities_are_in_full_precision_under_autocast(device):
+    prior = MixturePrior(8, 50).to(device)
+    with torch.no_grad():
+        prior.raw_scale.sub_(3), prior.loc.mul_(3)  # far and narrow: exponents of hundreds
+        z = prior.distribution().sample([6])
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = prior.log_prob(z)
+    assert torch.equal(actual, prior.log_prob(z))
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_a_mixture_integrates_to_one(device, D):
+    prior = MixturePrior((D, 1), 4).to(device, torch.float64)
+    line = torch.linspace(-9, 9, 361, dtype=torch.float64, device=device)
+    grid = torch.cartesian_prod(*[line] * D).reshape(-1, D, 1)
+    mass = (prior.log_prob(grid).exp() * (line[1] - line[0]) ** D).sum()
+    assert mass.item() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_vamp_prior_without_an_encoder_is_refused():
+    with pytest.raises(ValueError, match="needs an encoder"):
+        VampPrior(None, 3, SHAPE, 5).model()

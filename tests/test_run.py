@@ -19,10 +19,9 @@ from errors import exit_message
 from image_files import write_folder
 from PIL import Image
 
-from pyro_vaediff.files import load_checkpoint
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.train import loop
-from pyro_vaediff.train.loop import load_vae
+from pyro_vaediff.train import load_checkpoint, loop
+from pyro_vaediff.train.runs import load_vae
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 TINY = {"epochs": 2, "limit": 40, "width": 4, "latent-dim": 2, "num-timesteps": 10, "k": 2}
@@ -377,8 +376,8 @@ ERRORS = [
     ({"k": 0}, "k must be a whole number >= 1, got 0"),
     ({"conditioning": "y"}, "conditioning must be 'z_0' or 'x', got 'y'"),
     ({"weighting": "vlb"}, "unknown weighting 'vlb'"),
-    ({"weighting": "simple", "conditioning": "x"}, "weighting='simple' is defined for"),
-    ({"weighting": "paper", "reverse_variance": "learned"}, "weighting='paper' is defined for"),
+    ({"weighting": "simple", "conditioning": "x"}, "are defined for"),
+    ({"weighting": "paper", "reverse_variance": "learned"}, "are defined for"),
     ({"epochs": 0}, "epochs must be positive and finite, got 0"),
     ({"batch_size": 0}, "batch_size must be positive and finite, got 0"),
     ({"lr": 0}, "lr must be positive and finite, got 0"),

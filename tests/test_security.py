@@ -19,10 +19,13 @@ import pyro_vaediff
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluate import FeatureStatistics, load_extractor, reference_statistics
 from pyro_vaediff.evaluate.features import Extractor
-from pyro_vaediff.files import FORMAT, load_checkpoint, read_json, save_checkpoint
+from pyro_vaediff.files import read_json
+from pyro_vaediff.train.runs import FORMAT
 from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.train import load_checkpoint, save_checkpoint
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
-from pyro_vaediff.train.loop import Trainer, load_data, load_vae
+from pyro_vaediff.train.loop import Trainer
+from pyro_vaediff.train.runs import load_data, load_vae
 
 ROOT = Path(pyro_vaediff.__file__).parent
 
@@ -69,7 +72,9 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     data = load("digits", limit=20)
     config = ModelConfig(latent_dim=2, levels=17, width=2, num_timesteps=4)
-    trainer = Trainer(config, TrainConfig(1, batch_size=10), Timestep_ELBO(k=1), data, out=out)
+    trainer = Trainer.from_config(
+        config, TrainConfig(1, batch_size=10), Timestep_ELBO(k=1), data, out=out
+    )
     trainer.fit(progress=False)
     return out
 
@@ -94,7 +99,9 @@ def test_a_checkpoint_with_code_is_refused(copy_of_run, run, marker, write):
     config = ModelConfig(latent_dim=2, levels=17, width=2, num_timesteps=4)
 
     def trainer(**options):
-        return Trainer(config, TrainConfig(1, batch_size=10), Timestep_ELBO(k=1), data, **options)
+        return Trainer.from_config(
+            config, TrainConfig(1, batch_size=10), Timestep_ELBO(k=1), data, **options
+        )
 
     for call in (
         lambda: load_checkpoint(copy_of_run / "best.pt"),

@@ -12,12 +12,7 @@ from errors import one_line_value_error
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, Timestep_ELBO
-from pyro_vaediff.evaluate import (
-    aggregate_log_prob,
-    chain_log_prob,
-    elbo_surgery,
-    prior_log_prob,
-)
+from pyro_vaediff.evaluate import aggregate_log_prob, chain_log_prob, elbo_surgery, prior_log_prob
 from pyro_vaediff.nn import make_backbone
 from pyro_vaediff.schedules import LinearSchedule
 from pyro_vaediff.testing import Oracle, linear_gaussian_vae

@@ -11,9 +11,9 @@ from errors import one_line_value_error
 from pyro.infer import Trace_ELBO
 
 from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.bench import linear_gaussian_vae
+from pyro_vaediff.testing import linear_gaussian_vae
 from pyro_vaediff.infer import elbo_terms
-from pyro_vaediff.train.optim import SVI, TorchOptim, per_datum
+from pyro_vaediff.train.optim import TorchOptim, make_svi, per_datum
 
 # --- The optimizer --------------------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ def test_an_encoder_that_the_optimizer_lacks_is_an_error(device):
     vae, x = linear_gaussian_vae().to(device), torch.randn(4, 3, dtype=torch.float64, device=device)
     optim = TorchOptim(torch.optim.SGD([*vae.decoder.parameters(), *vae.prior.parameters()], 1e-3))
     with one_line_value_error("the optimizer lacks parameters"):
-        SVI(vae.model, vae.guide, optim, Timestep_ELBO()).step(x)
+        make_svi(vae.model, vae.guide, optim, Timestep_ELBO()).step(x)
 
 
 def test_the_state_of_the_optimizer_continues_its_run(device):
@@ -93,12 +93,14 @@ def test_a_step_of_svi_is_a_step_of_torch(device, elbo):
     vae, x = linear_gaussian_vae().to(device), torch.randn(6, 3, dtype=torch.float64, device=device)
     other = copy.deepcopy(vae)
     optimizer = torch.optim.Adam(vae.parameters(), lr=0.1)
-    svi = SVI(per_datum(vae.model), per_datum(vae.guide), TorchOptim(optimizer, 0.5), elbo)
+    programs = per_datum(vae.model), per_datum(vae.guide)
+    svi = make_svi(*programs, TorchOptim(optimizer, 0.5), elbo)
 
     optimizer = torch.optim.Adam(other.parameters(), lr=0.1)
     for step in range(3):
         torch.manual_seed(step)
-        terms = svi.step(x)
+        svi.step(x)
+        terms = svi.loss.terms
         assert not any(term.requires_grad for term in terms.values())
 
         torch.manual_seed(step)

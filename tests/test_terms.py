@@ -11,12 +11,13 @@ from errors import one_line_value_error
 
 from pyro_vaediff import VAE, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.data import load
+from pyro_vaediff.evaluate import kl_by_timestep
 from pyro_vaediff.evaluate.elbo import evaluate, preprocess
 from pyro_vaediff.infer import check_mean_field, elbo_terms, make_elbo
 from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.report import kl_by_timestep, readable_terms
+from pyro_vaediff.train.report import readable_terms
 
 MODELS = {
     "gaussian": {},
@@ -59,7 +60,7 @@ def tiny_vae(name, device, dtype=torch.float64):
 @pytest.mark.parametrize("model", MODELS)
 def test_terms_sum_to_the_loss(device, data, model, estimator, dtype, rel):
     vae, elbo = tiny_vae(model, device, dtype), ESTIMATORS[estimator]
-    x = preprocess(vae, data.test.to(device), data.levels)
+    x = preprocess(vae, data.test.to(device))
     torch.manual_seed(1)
     loss = elbo.loss(vae.model, vae.guide, x)
     torch.manual_seed(1)
@@ -119,9 +120,9 @@ def test_priors_with_one_site_allow_closed_forms(device, make):
 @pytest.mark.parametrize("model", MODELS)
 def test_evaluation_is_the_loss_per_datum(device, data, model):
     vae, elbo = tiny_vae(model, device), Timestep_ELBO("all", chunk_size=2)
-    terms = evaluate(vae, data.test, data.levels, elbo, seed=3)
+    terms = evaluate(vae, data.test, elbo, seed=3)
     torch.manual_seed(3)
-    x = preprocess(vae, data.test.to(device), data.levels)
+    x = preprocess(vae, data.test.to(device))
     loss = elbo.loss(vae.model, vae.guide, x) / len(x)
     assert sum(terms.values()) == pytest.approx(loss, rel=1e-12)
     assert not any(name.startswith("z_s[") for name in terms)
@@ -130,7 +131,7 @@ def test_evaluation_is_the_loss_per_datum(device, data, model):
     assert sum(readable.values()) == pytest.approx(loss, rel=1e-12)
     assert len(readable) == {"gaussian": 2, "flow": 3}.get(model, 5)
     torch.manual_seed(3)
-    x = preprocess(vae, data.test.to(device), data.levels)
+    x = preprocess(vae, data.test.to(device))
     exact = elbo_terms(vae.model, vae.guide, x, elbo=elbo)["x"].mean().item()
     assert readable["-log p(x | z_0), reconstruction"] == pytest.approx(exact, rel=1e-12)
 

@@ -14,16 +14,16 @@ import torch
 from errors import one_line_value_error
 from pyro.infer import Trace_ELBO
 
-from pyro_vaediff import Timestep_ELBO
+from pyro_vaediff import Reweighted, Timestep_ELBO
 from pyro_vaediff.data import load
 from pyro_vaediff.diffusion import base_normal
 from pyro_vaediff.evaluate.elbo import evaluate, preprocess
-from pyro_vaediff.files import load_checkpoint, save_checkpoint
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.train import build, loop
+from pyro_vaediff.train import build, load_checkpoint, loop, save_checkpoint
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
-from pyro_vaediff.train.loop import NonFiniteError, Trainer, load_vae
+from pyro_vaediff.train.loop import NonFiniteError, Trainer
+from pyro_vaediff.train.runs import load_vae
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,9 @@ def make_trainer(data, device, tmp_path):
         options = {"epochs": epochs, "batch_size": 20, "lr": 5e-3} | options
         elbo = Timestep_ELBO(k=2) if elbo is None else elbo
         out = None if out is None else tmp_path / out
-        return Trainer(model_config, TrainConfig(**options), elbo, data, device, out, init=init)
+        return Trainer.from_config(
+            model_config, TrainConfig(**options), elbo, data, device, out, init=init
+        )
 
     return make
 
@@ -185,7 +187,7 @@ OTHERS = {
     "timesteps": {"elbo": Timestep_ELBO("uniform", k=2)},
     "k": {"elbo": Timestep_ELBO(k=3)},
     "conditioning": {"elbo": Timestep_ELBO(k=2, conditioning="x")},
-    "weighting": {"elbo": Timestep_ELBO(k=2, weighting="simple")},
+    "weighting": {"elbo": Reweighted(Timestep_ELBO(k=2), "simple")},
     "train_images": {"data": load("digits", limit=59)},
 }
 
@@ -241,17 +243,17 @@ def test_resuming_restores_the_best_model_and_tidies_up(one_epoch):
 # --- Random numbers -------------------------------------------------------------------------------
 
 
-def random_numbers(trainer, monkeypatch):
+def random_numbers(trainer, data, monkeypatch):
     r"""Returns what is random in an epoch, separately."""
     found = {"order": [], "flips": [], "dequantization": [], "t": [], "noise of z_0": []}
     found["noise of z_t"] = []
     get_trace = trainer.elbo._get_trace
 
-    def spy_images(vae, batch, levels):
+    def spy_images(vae, batch):
         found["order"].append(batch.flatten(1).double().mean(1))
         found["flips"].append(batch[..., 0].flatten(1).double().mean(1))
-        x = preprocess(vae, batch, levels)
-        found["dequantization"].append((x.double() + 1) * levels / 2 - batch)
+        x = preprocess(vae, batch)
+        found["dequantization"].append((x.double() + 1) * data.levels / 2 - batch)
         return x
 
     def spy_sites(*args):
@@ -278,7 +280,7 @@ def test_the_seed_covers_everything_that_is_random(make_trainer, data, monkeypat
 
     def draw(seed, epochs=1):
         trainer = make_trainer(epochs, out=None, data=flipping, seed=seed)
-        return random_numbers(trainer, monkeypatch)
+        return random_numbers(trainer, data, monkeypatch)
 
     first, again, other = draw(0), draw(0), draw(1)
     two = draw(0, epochs=2)
@@ -297,8 +299,8 @@ def test_the_best_model_has_the_lowest_validation_loss(make_trainer, monkeypatch
     losses = [5.0, 2.0, 3.0, 2.0]
     trainer, seen = make_trainer(4, ema=ema), []
 
-    def validate():
-        seen.append(weights(trainer.vae if ema == 0 else trainer.average.module))
+    def validate(epoch):
+        seen.append(trainer.weights())
         return losses[len(seen) - 1]
 
     monkeypatch.setattr(trainer, "validate", validate)
@@ -313,18 +315,18 @@ def test_the_best_model_has_the_lowest_validation_loss(make_trainer, monkeypatch
 
 def test_the_average_is_the_exponential_moving_average(make_trainer):
     trainer = make_trainer(1, ema=0.75, precision="float64")
-    history, update = [], trainer.average.update_parameters
+    history, update = [], trainer.average.update
 
     def spy(vae):
         history.append(weights(vae))
         update(vae)
 
-    trainer.average.update_parameters = spy
+    trainer.average.update = spy
     trainer.fit(progress=False)
     expected = history[0]  # the first update copies
     for step in history[1:]:
         expected = {name: 0.75 * expected[name] + 0.25 * step[name] for name in expected}
-    average = weights(trainer.average.module)
+    average = trainer.weights()
     for name in expected:
         torch.testing.assert_close(average[name], expected[name], atol=1e-12, rtol=0)
 
@@ -340,10 +342,10 @@ def test_load_vae_round_trip(make_trainer, data, device, precision, path):
     )
     assert not vae.training
     assert_same(weights(vae), weights(best))
-    x = preprocess(vae, data.test[:4].to(device), data.levels)
+    x = preprocess(vae, data.test[:4].to(device))
     assert x.dtype == getattr(torch, precision)
     with torch.no_grad():
-        assert torch.equal(vae.encode(x).mean, best.encode(x).mean)
+        assert torch.equal(vae.encoder(x).mean, best.encoder(x).mean)
 
 
 def test_a_checkpoint_loads_with_weights_only(one_epoch):
@@ -384,7 +386,7 @@ def test_a_record_holds_terms_that_sum_to_the_loss(make_trainer):
 def test_validation_is_the_loss_of_the_validation_images(make_trainer, data):
     trainer = make_trainer(1, out=None)
     trainer.fit(progress=False)
-    exact = sum(evaluate(trainer.vae, data.validation, data.levels).values())
+    exact = sum(evaluate(trainer.vae, data.validation).values())
     # 32 timesteps of 10: the noise of the latents and of the pixels is shared only in part
     assert trainer.history[0]["validation"] == pytest.approx(exact, abs=2.0)
     assert trainer.validate() == trainer.history[0]["validation"]
@@ -433,14 +435,14 @@ def test_the_global_parameter_store_is_left_alone(make_trainer, data):
 def test_evaluation_is_seeded_and_leaves_no_trace(make_trainer, data):
     vae = make_trainer(1, out=None).vae.train()
     state = torch.get_rng_state()
-    first = evaluate(vae, data.test, data.levels)
+    first = evaluate(vae, data.test)
     assert torch.equal(torch.get_rng_state(), state)
     assert vae.training
     torch.rand(3)
-    assert evaluate(vae, data.test, data.levels) == first
-    assert evaluate(vae, data.test, data.levels, seed=1) != first
+    assert evaluate(vae, data.test) == first
+    assert evaluate(vae, data.test, seed=1) != first
     # The terms are means over all images, whatever the size of a batch (60 = 3 x 17 + 9).
-    for name, value in evaluate(vae, data.test, data.levels, batch_size=17).items():
+    for name, value in evaluate(vae, data.test, batch_size=17).items():
         assert value == pytest.approx(first[name], abs=3.0), name
 
 
@@ -460,8 +462,8 @@ def test_precision(make_trainer, data):
         terms = original(x)
         dtypes.update(term.dtype for term in terms.values())
         with torch.autocast(x.device.type, torch.bfloat16):
-            q = trainer.vae.encode(x)
-            dtypes.update(p.dtype for p in (q.mean, q.stddev, trainer.vae.decode(q.mean).mean))
+            q = trainer.vae.encoder(x)
+            dtypes.update(p.dtype for p in (q.mean, q.stddev, trainer.vae.decoder(q.mean).mean))
         return terms
 
     trainer.svi.step = spy
@@ -637,7 +639,7 @@ def test_in_its_own_phase_the_prior_gets_better_and_its_loss_is_the_kl(make_trai
     best = trainer.fit(progress=False)
     validation = [record["validation"] for record in trainer.history]
     assert min(validation[4:]) < validation[3] - 0.1
-    terms = evaluate(best, data.train, data.levels)
+    terms = evaluate(best, data.train)
     kl = sum(value for name, value in terms.items() if name != "x")
     last = trainer.history[-1]
     assert sum(v for k, v in last.items() if k.startswith("train ")) == pytest.approx(kl, abs=1.0)

@@ -1,18 +1,19 @@
-r"""Data sets: images as `uint8` tensors, in three splits.
+r"""Data sets: images as ``uint8`` tensors, in three splits.
 
-An image is an array of `levels` integer values. Nothing here rescales or dequantises it, because
-that is part of the likelihood :math:`p_\theta(x|z_0)`; nothing here augments it, either: `batches`
-draws the paper's horizontal flips anew at every epoch.
+An image is an array of ``levels`` integer values. Nothing here rescales or dequantizes it, because
+that is up to the pixel space; nothing here augments it, either: ``batches`` draws the paper's
+horizontal flips anew at every epoch. All but CelebA come with the labels of their images, a folder
+if it has a subfolder for each class.
 
 =================  =====================  ===========================  ====================
-name               images                 train / validation / test    on disk, under `root`
+name               images                 train / validation / test    on disk, under ``root``
 =================  =====================  ===========================  ====================
-`digits`           8x8 grey, 17 levels    1197 / 300 / 300             nothing: scikit-learn
-`mnist`            28x28 grey             54,000 / 6,000 / 10,000      `MNIST/raw/`
-`fashion-mnist`    28x28 grey             54,000 / 6,000 / 10,000      `FashionMNIST/raw/`
-`cifar10`          32x32 RGB              45,000 / 5,000 / 10,000      `cifar-10-batches-py/`
-`celeba`           64x64 RGB              162,770 / 19,867 / 19,962    `celeba/`
-`folder`           any                    yours, or 80 / 10 / 10 %     `root` itself
+``digits``           8x8 grey, 17 levels    1197 / 300 / 300             nothing: scikit-learn
+``mnist``            28x28 grey             54,000 / 6,000 / 10,000      ``MNIST/raw/``
+``fashion-mnist``    28x28 grey             54,000 / 6,000 / 10,000      ``FashionMNIST/raw/``
+``cifar10``          32x32 RGB              45,000 / 5,000 / 10,000      ``cifar-10-batches-py/``
+``celeba``           64x64 RGB              162,770 / 19,867 / 19,962    ``celeba/``
+``folder``           any                    yours, or 80 / 10 / 10 %     ``root`` itself
 =================  =====================  ===========================  ====================
 
 The test split is the official one. The validation split is CelebA's own or, elsewhere, a seeded
@@ -29,8 +30,10 @@ from torch import Tensor
 
 from ..arguments import check_choice, check_seed, check_whole
 from . import sources
+from .folders import folder
 from .groups import list_name
 from .minibatch import batches
+from .splits import warn_of_copies
 
 __all__ = ["DATASETS", "ImageData", "batches", "load"]
 
@@ -43,17 +46,22 @@ class ImageData:
 
     Arguments:
         name: The name of the data set.
-        train: The images to train on, `uint8` with shape :math:`(N, C, H, W)` and values in
-            `0 .. levels - 1`.
-        validation: The images that select the best model, like `train`.
-        test: The images that are reported on, like `train`.
+        train: The images to train on, ``uint8`` with shape :math:`(N, C, H, W)` and values in
+            ``0 .. levels - 1``.
+        validation: The images that select the best model, like ``train``.
+        test: The images that are reported on, like ``train``.
         levels: The number of values that a pixel can take.
         horizontal_flip: Whether training flips images at random, as the paper does for CIFAR-10.
         groups: The name and the checksum of the list of groups that the splits keep apart, if any.
+        train_labels: The class of each training image, ``int64`` with shape :math:`(N,)` and values
+            in ``0 .. num_classes - 1``, or ``None``.
+        validation_labels: Those of the validation images.
+        test_labels: Those of the test images.
+        num_classes: The number of classes, if there are labels.
 
     Raises:
         ValueError: If a split is empty, has another dtype or image shape, or a value is out of
-            range.
+            range, or labels are not as above.
     """
 
     name: str
@@ -63,6 +71,10 @@ class ImageData:
     levels: int = 256
     horizontal_flip: bool = False
     groups: str | None = field(default=None, repr=False)
+    train_labels: Tensor | None = field(default=None, repr=False)
+    validation_labels: Tensor | None = field(default=None, repr=False)
+    test_labels: Tensor | None = field(default=None, repr=False)
+    num_classes: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.levels, int) and 2 <= self.levels <= 256):
@@ -93,12 +105,23 @@ class ImageData:
                     f"{where} holds the value {int(images.max())}, "
                     f"but levels={self.levels} allows 0..{self.levels - 1}"
                 )
+            labels = getattr(self, f"{split}_labels")
+            if (labels is None) != (self.num_classes is None):
+                raise ValueError(f"{where}_labels and num_classes go together: give both or none")
+            if labels is not None and not (
+                (labels.dtype, labels.shape) == (torch.int64, images.shape[:1])
+                and 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
+            ):
+                raise ValueError(
+                    f"{where}_labels must be {len(images)} int64 numbers in "
+                    f"0..{self.num_classes - 1}, not {labels.dtype} {tuple(labels.shape)}"
+                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         r"""The shape :math:`(C, H, W)` of one image."""
-
-        return tuple(self.train.shape[1:])
+        _, channels, height, width = self.train.shape
+        return channels, height, width
 
 
 def load(
@@ -112,47 +135,49 @@ def load(
     limit: int | None = None,
     groups: str | Path | None = None,
 ) -> ImageData:
-    r"""Loads a data set into memory.
+    r"""Returns a data set, loaded into memory.
 
-    Resizing follows the paper: the shorter side is resized to `image_size` (bilinear, antialiased)
-    and the centre square is kept.
+    Resizing follows the paper: the shorter side is resized to ``image_size`` (bilinear,
+    antialiased) and the center square is kept.
 
-    With `name="folder"`, `root` is a folder of images, nested to any depth. If it has `train/` and
-    `test/` subfolders (and optionally `val/` or `validation/`), they are the splits; otherwise a
-    seeded permutation of all images is cut 80 / 10 / 10 %. Images are turned upright (EXIF),
-    transparency is composited on white, 16-bit grey is rounded to 8 bits and 16-bit colour cut to
-    8 bits, and the first frame of an animation is taken. Hidden files are ignored, and so are those
-    which are no images; an image that cannot be read, or is not named as one, is an error.
+    With ``name="folder"``, ``root`` is a folder of images, nested to any depth. Subfolders
+    ``train`` and ``test`` (and optionally ``val``) are the splits, at any depth and in any case,
+    also if they are called ``training``, ``testing``, ``valid`` or ``validation``; otherwise a
+    seeded permutation of all images is cut 80 / 10 / 10 %. Other subfolders are classes, which give
+    labels if each image is in one. Images are turned upright (EXIF), transparency is composited on
+    white, 16-bit grey is rounded to 8 bits and 16-bit color cut to 8 bits, and the first frame of
+    an animation is taken. Hidden files are ignored, and so are those which are no images; an image
+    that cannot be read, or is not named as one, is an error.
 
     Images of one person, scene or film are alike, so that a model which saw some of them is not
-    tested by the others. With `groups`, each group is in one split only: the groups are permuted,
+    tested by the others. With ``groups``, each group is in one split only: the groups are permuted,
     and validation and test are filled with whole groups until they have a tenth of the images each,
     or as close to it as the groups allow. Splits that are given as subfolders must not share a
     group.
 
     Arguments:
-        name: One of `DATASETS`.
-        root: The folder that holds the data sets, or the images themselves for `"folder"`.
+        name: One of ``DATASETS``.
+        root: The folder that holds the data sets, or the images themselves for ``"folder"``.
         image_size: The side of the square images, in pixels; by default the data set's own (64 for
             CelebA). A folder then needs square images of one size.
         channels: 1 (grey) or 3 (RGB); by default the data set's own. A folder is grey if every
             pixel that is loaded is.
-        download: Whether to download what is missing from `root`. CelebA also needs the package
-            `gdown` for that.
+        download: Whether to download what is missing from ``root``. CelebA also needs the package
+            ``gdown`` for that.
         seed: The seed of the permutations that make the splits.
-        limit: Keep only the first `limit` images of each split.
-        groups: For `"folder"`, a text file with lines `FILE GROUP`, such as CelebA's
-            `identity_CelebA.txt`. A file is named by its path relative to `root` or by its name
+        limit: Keep only the first ``limit`` images of each split.
+        groups: For ``"folder"``, a text file with lines ``FILE GROUP``, such as CelebA's
+            ``identity_CelebA.txt``. A file is named by its path relative to ``root`` or by its name
             alone. All images must be listed; other files may be.
 
     Returns:
-        The three splits.
+        The three splits, with labels where there are any. A warning says if they share an image.
 
     Raises:
         ValueError: If an argument is out of range, an image is unusable, there are too few, or
-            `groups` does not list them or has a group in two of the given splits.
-        FileNotFoundError: If the data is neither in `root` nor can be downloaded, or `groups` does
-            not exist.
+            ``groups`` does not list them or has a group in two of the given splits.
+        FileNotFoundError: If the data is neither in ``root`` nor can be downloaded, or ``groups``
+            does not exist.
 
     References:
         | Deep Learning Face Attributes in the Wild (Liu et al., 2015)
@@ -167,7 +192,6 @@ def load(
         >>> data.train.shape
         torch.Size([1197, 1, 8, 8])
     """
-
     check_choice("data set", name, DATASETS)
     for argument, value in (("image_size", image_size), ("limit", limit)):
         if value is not None:
@@ -183,13 +207,23 @@ def load(
     root = Path(root).expanduser()
     options = {"image_size": image_size, "channels": channels, "limit": limit}
 
+    listed = None if groups is None else Path(groups).expanduser()
     if name == "digits":
-        return ImageData(name, *sources.digits(**options, seed=seed), levels=17)
-    if name == "folder":
-        listed = None if groups is None else Path(groups).expanduser()
-        splits = sources.folder(root, **options, seed=seed, groups=listed)
-        return ImageData(name, *splits, groups=listed and list_name(listed))
-    if name == "celeba":
-        return ImageData(name, *sources.celeba(root, **options, download=download))
-    splits = sources.from_torchvision(name, root, **options, download=download, seed=seed)
-    return ImageData(name, *splits, horizontal_flip=name == "cifar10")
+        source = sources.digits(**options, seed=seed)
+    elif name == "folder":
+        source = folder(root, **options, seed=seed, groups=listed)
+    elif name == "celeba":
+        source = sources.celeba(root, **options, download=download)
+    else:
+        source = sources.from_torchvision(name, root, **options, download=download, seed=seed)
+    if name != "celeba":  # its splits are official, and to read them all takes seconds
+        warn_of_copies(name, *source.images)
+    return ImageData(
+        name,
+        *source.images,
+        17 if name == "digits" else 256,
+        name == "cifar10",
+        listed and list_name(listed),
+        *(source.labels or (None, None, None)),
+        source.num_classes,
+    )

@@ -1,4 +1,4 @@
-r"""Image files, decoded into one `uint8` array."""
+r"""Image files, decoded into one ``uint8`` array."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # Files with these names are images. Pillow cannot read all of them everywhere (HEIC needs a
@@ -21,18 +21,14 @@ SUFFIXES = (
     *(".psd", ".svg"),
 )
 # The sizes that are taken as they come. Any other is probably photographs, which must be resized.
-NATIVE_SIZES = (8, 16, 28, 32, 64, 128)
+NATIVE_SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 256)
 CHUNK = 64
-# How the files of these formats begin.
-SIGNATURES = (
-    *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"8BPS"),
-    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
-)
-BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+# What is recognized by its contents: the common formats that Pillow cannot mistake.
+FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "PSD", "JPEG2000", "AVIF")
 
 
 def find_images(folder: Path) -> list[Path]:
-    r"""Lists the images under a folder, hidden files excepted, in the order of their path.
+    r"""Returns the images under a folder, hidden files excepted, in the order of their path.
 
     Arguments:
         folder: A folder, walked recursively through symbolic links.
@@ -75,20 +71,19 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    r"""Returns whether a file begins as those of the common image formats do."""
-
-    with open(path, "rb") as file:
-        start = file.read(12)
-    if start[:4] == b"RIFF":
-        return start[8:] == b"WEBP"
-    if start[4:8] == b"ftyp":
-        return start[8:] in BRANDS
-    return start.startswith(SIGNATURES)
+    r"""Returns whether a file is an image of one of the common formats."""
+    Image.init()
+    try:
+        Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]).close()
+    except UnidentifiedImageError:
+        return False
+    except Image.DecompressionBombError:
+        return True
+    return True
 
 
 def shown(path: Path) -> str:
     r"""Returns a path on one line, whatever characters it has."""
-
     return str(path) if str(path).isprintable() else repr(str(path))
 
 
@@ -99,22 +94,21 @@ def decode_files(
     channels: int | None = None,
     description: str = "decoding",
 ) -> np.ndarray:
-    r"""Decodes image files with a pool of threads.
+    r"""Returns image files, decoded with a pool of threads.
 
     Arguments:
         paths: The :math:`N` files, at least one.
         image_size: The side :math:`S` that images are resized and cropped to, in pixels; by
-            default they must all have the same size, which is one of `NATIVE_SIZES`.
+            default they must all have the same size, which is one of ``NATIVE_SIZES``.
         channels: The number of channels :math:`C`; by default 1 if all pixels are grey, else 3.
         description: The label of the progress bar.
 
     Returns:
-        A `uint8` array with shape :math:`(N, C, S, S)`.
+        A ``uint8`` array with shape :math:`(N, C, S, S)`.
 
     Raises:
         ValueError: If some files cannot be used; the message names the first of them.
     """
-
     with warnings.catch_warnings():
         # Filters belong to the process: this one also holds in the threads, which have none.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -167,22 +161,21 @@ def _decode_files(
 
 
 def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np.ndarray:
-    r"""Converts an image of any mode into 8 bits and, if asked, resizes and crops it.
+    r"""Returns an image of any mode in 8 bits and, if asked, resized and cropped.
 
-    The size is that of torchvision's `Resize(image_size)` and `CenterCrop(image_size)`.
+    The size is that of torchvision's ``Resize(image_size)`` and ``CenterCrop(image_size)``.
 
     Arguments:
         image: An image.
-        image_size: The side :math:`S` of the result, in pixels, or `None` to keep the size.
+        image_size: The side :math:`S` of the result, in pixels, or ``None`` to keep the size.
         channels: The number of channels :math:`C`, 1 (grey) or 3 (RGB).
 
     Returns:
-        A `uint8` array with shape :math:`(C, S, S)`.
+        A ``uint8`` array with shape :math:`(C, S, S)`.
 
     Raises:
         ValueError: If the pixels have no definite 8-bit value.
     """
-
     ImageOps.exif_transpose(image, in_place=True)
     image = _to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -205,8 +198,7 @@ def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    r"""Rounds 16-bit grey to 8 bits, which Pillow itself would clip or truncate."""
-
+    r"""Returns an image with 16-bit grey rounded to 8 bits, which Pillow itself would clip."""
     # Some versions of Pillow open 16-bit PNG and PGM files in the 32-bit mode.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         pixels = np.asarray(image).astype(np.int64)
@@ -218,9 +210,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 def _native_size(paths: Sequence[Path]) -> int:
     r"""Returns the size of the first image that opens."""
-
     for path in paths:
-        # A file that does not open is left for `decode_files` to name.
+        # A file that does not open is left for ``decode_files`` to name.
         with suppress(Exception):
             if path.is_file():
                 with Image.open(path) as image:

@@ -2,6 +2,7 @@ r"""Splits that keep groups of images apart, such as all the images of one perso
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -10,7 +11,6 @@ from pathlib import Path
 
 def list_name(path: str | Path) -> str:
     r"""Returns what identifies a list of groups wherever it lies: its name and its checksum."""
-
     path = Path(path).expanduser()
     check_list(path)
     return f"{path.name} (sha256 {sha256(path.read_bytes()).hexdigest()[:16]})"
@@ -22,19 +22,15 @@ def check_list(path: Path) -> None:
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    r"""Reads a list of groups.
+    r"""Returns the group of each file that a list names.
 
     Arguments:
-        path: A text file with lines `FILE GROUP`. Only the file's name may contain spaces.
-
-    Returns:
-        The group of each file.
+        path: A text file with lines ``FILE GROUP``. Only the file's name may contain spaces.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not text, a line is not `FILE GROUP`, or a file has two groups.
+        ValueError: If it is not text, a line is not ``FILE GROUP``, or a file has two groups.
     """
-
     check_list(path)
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
@@ -44,7 +40,7 @@ def read_groups(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         match line.rsplit(maxsplit=1):
             case [file, group]:
-                file = file.strip()
+                file = composed(file.strip())
                 if groups.setdefault(file, group) != group:
                     raise ValueError(
                         f"{path}, line {number}: {file!r} is in group {group!r} here, but in "
@@ -57,27 +53,28 @@ def read_groups(path: Path) -> dict[str, str]:
     return groups
 
 
+def composed(name: str) -> str:
+    r"""Returns a name with composed letters (NFC): macOS writes files with decomposed ones."""
+    return unicodedata.normalize("NFC", name)
+
+
 def find_groups(paths: Sequence[Path], root: Path, listed: Path) -> dict[Path, str]:
-    r"""Looks up the group of each image.
+    r"""Returns the group of each image.
 
     Arguments:
-        paths: The images, under `root`.
+        paths: The images, under ``root``.
         root: The folder that the list is about.
-        listed: The list, which names an image by its path relative to `root` or else by its name.
-
-    Returns:
-        The group of each image.
+        listed: The list, which names an image by its path relative to ``root`` or else by its name.
 
     Raises:
         ValueError: If the list cannot be read, does not name an image, or gives a name that two
             images have.
     """
-
     groups = read_groups(listed)
     found, missing, named = {}, [], {}
     for path in paths:
         relative = path.relative_to(root).as_posix()
-        name = relative if relative in groups else path.name
+        name = composed(relative) if composed(relative) in groups else composed(path.name)
         if name not in groups:
             missing.append(relative)
         elif (other := named.setdefault(name, path)) != path:
@@ -100,8 +97,7 @@ def find_groups(paths: Sequence[Path], root: Path, listed: Path) -> dict[Path, s
 def check_apart(
     splits: Mapping[str, Sequence[Path]], group_of: Mapping[Path, str], listed: Path
 ) -> None:
-    r"""Raises a `ValueError` if two splits share a group, naming an image of each."""
-
+    r"""Raises a ``ValueError`` if two splits share a group, naming an image of each."""
     seen: dict[str, tuple[str, Path]] = {}
     for split, paths in splits.items():
         for path in paths:
@@ -125,9 +121,8 @@ def hold_out(groups: Sequence[str], order: Sequence[int], splits: Sequence[str])
         splits: The splits to hold out, at most two.
 
     Returns:
-        The split of each image, `"train"` for the rest. None is empty.
+        The split of each image, ``"train"`` for the rest. None is empty.
     """
-
     sizes = Counter(groups)
     share = max(1, len(groups) // 10)
     lacks = dict.fromkeys(splits, share)

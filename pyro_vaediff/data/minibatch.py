@@ -3,6 +3,7 @@ r"""Minibatches of images."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ def batches(
     flip: bool = False,
     rank: int = 0,
     size: int = 1,
-) -> Iterator[Tensor]:
-    r"""Iterates once over images, in batches on a device.
+    labels: Tensor | None = None,
+) -> Iterator[Any]:
+    r"""Returns an iterator that goes once over images, in batches on a device.
 
     The order and the flips are drawn when this function is called, so that an epoch is a function
     of the generator's state at its start, whatever else draws random numbers in between.
@@ -33,26 +35,26 @@ def batches(
         shuffle: Whether to permute the images.
         generator: The source of the order and of the flips; the global one by default.
         device: Where the batches go.
-        drop_last: Whether to leave out a last batch of fewer than `batch_size` images. A set of
-            fewer than `batch_size` images is one batch all the same.
+        drop_last: Whether to leave out a last batch of fewer than ``batch_size`` images. A set of
+            fewer than ``batch_size`` images is one batch all the same.
         flip: Whether to flip each image horizontally with probability 1/2.
         rank: The process that asks, of several which share each batch.
         size: The number of these processes. With a generator in the same state in each of them,
             their parts together are the batch; the sizes of the parts differ by one at most.
+        labels: What goes with the images, with :math:`N` rows. It changes neither order nor flips.
 
     Returns:
         An iterator over new tensors of the images' dtype, with shape :math:`(B, C, H, W)`, or with
-        that of this process's part.
+        that of this process's part; over pairs of images and labels if there are labels.
 
     Raises:
-        ValueError: If there are no images, or `batch_size` is less than 1.
+        ValueError: If there are no images, or ``batch_size`` is less than 1.
 
     Example:
         >>> images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
         >>> [x.flatten().tolist() for x in batches(images, 2, shuffle=False, device="cpu")]
         [[0, 1], [2, 3], [4]]
     """
-
     count = len(images)
     if count == 0:
         raise ValueError("images must hold at least one image")
@@ -70,21 +72,25 @@ def batches(
         for start in range(0, stop, batch_size)
         for length in [min(batch_size, stop - start)]
     ]
-    return _iterate(images, order, flipped, parts, device)
+    return _iterate(images, labels, order, flipped, parts, device)
 
 
 def _iterate(
     images: Tensor,
+    labels: Tensor | None,
     order: Tensor,
     flipped: Tensor | None,
     parts: list[tuple[int, int]],
     device: torch.device,
-) -> Iterator[Tensor]:
+) -> Iterator[Any]:
     for start, stop in parts:
         batch = to_device(images[order[start:stop]], device)
         if flipped is not None:
             batch = torch.where(flipped[start:stop, None, None, None], batch.flip(-1), batch)
-        yield batch
+        if labels is None:
+            yield batch
+        else:
+            yield batch, to_device(labels[order[start:stop].to(labels.device)], device)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

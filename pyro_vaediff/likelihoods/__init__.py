@@ -1,15 +1,16 @@
-r"""Likelihoods :math:`p_\theta(x | z_0)`, eq. (15): heads, and the pixel spaces they are over.
+r"""Likelihoods :math:`p_\theta(x \mid z_0)`, eq. (15), and the pixel spaces of their images.
 
-A head maps the outputs of a decoder to a distribution over images. A :class:`PixelSpace` says in
-which space (``x``-space) these images live: ``head.space(levels)`` is the usual one of a head.
+A likelihood, or *head*, says which maps the decoder has to output, and which distribution over
+images they parameterize. A *pixel space* says where 8-bit images live as :math:`x`: ``preprocess``
+takes them there, ``to_unit`` takes them back. ``head.space(levels)`` is the usual one.
 
 ========================  ==================  ===================================================
-head                      maps per channel    its space
+likelihood                maps per channel    its pixel space, for values u = 0 .. levels - 1
 ========================  ==================  ===================================================
-Gaussian                  1 (2 if per pixel)  :class:`Dequantized`
-Bernoulli                 1                   :class:`Binarized`
-discretized logistic      2                   :class:`PixelGrid`
-categorical               levels              :class:`PixelGrid`
+Gaussian                  1 (2 if per pixel)  [-1, 1], 2 (u + U[0, 1)) / levels - 1 (a density)
+Bernoulli                 1                   {0, 1}, drawn with probability u / (levels - 1)
+discretized logistic      2                   grid on [-1, 1], 2 u / (levels - 1) - 1
+categorical               levels              grid on [-1, 1], 2 u / (levels - 1) - 1
 ========================  ==================  ===================================================
 """
 
@@ -21,24 +22,30 @@ from collections.abc import Callable, Sequence
 from .base import Likelihood
 from .discrete import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
 from .gaussian import GaussianLikelihood
-from .spaces import Binarized, Dequantized, PixelGrid, PixelSpace, check_levels, check_range
+from .spaces import (
+    BinarizedSpace,
+    DequantizedSpace,
+    GridSpace,
+    PixelSpace,
+    check_levels,
+    check_range,
+)
 
 __all__ = [
     "LIKELIHOODS",
     "BernoulliLikelihood",
-    "Binarized",
+    "BinarizedSpace",
     "CategoricalLikelihood",
-    "Dequantized",
+    "DequantizedSpace",
     "DiscretizedLogisticLikelihood",
     "GaussianLikelihood",
+    "GridSpace",
     "Likelihood",
-    "PixelGrid",
     "PixelSpace",
     "check_range",
     "make_likelihood",
 ]
 
-#: The likelihoods by name, from the image shape and the number of levels.
 LIKELIHOODS: dict[str, Callable[[Sequence[int], int], Likelihood]] = {
     "gaussian": lambda shape, levels: GaussianLikelihood(shape, "shared"),
     "gaussian-pixel": lambda shape, levels: GaussianLikelihood(shape, "pixel"),
@@ -56,14 +63,11 @@ def make_likelihood(name: str, image_shape: Sequence[int], levels: int = 256) ->
     r"""Returns the likelihood of that name.
 
     Arguments:
-        name: One of `"gaussian"` (learned shared sigma), `"gaussian-pixel"` (sigma per pixel and
-            channel), `"gaussian-fixed"` (variance 1/2, which cannot go below 7.83 bits/dim at 256
-            levels), `"bernoulli"`, `"discretized-logistic"` and `"categorical"`.
+        name: One of ``"gaussian"`` (learned shared sigma), ``"gaussian-pixel"`` (sigma per pixel
+            and channel), ``"gaussian-fixed"`` (variance 1/2, which cannot go below 7.83 bits/dim at
+            256 levels), ``"bernoulli"``, ``"discretized-logistic"`` and ``"categorical"``.
         image_shape: The shape :math:`(C, H, W)` of one image.
         levels: The number of levels that a pixel can take, at most 256.
-
-    Returns:
-        The likelihood.
 
     Raises:
         ValueError: If the name is unknown.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..nn.scale import bounded_scale
 from .base import Likelihood
 from .distributions import DiscretizedLogistic, GridCategorical
-from .spaces import Binarized, PixelGrid, check_levels
+from .spaces import BinarizedSpace, GridSpace, PixelSpace, check_levels
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogisticLikelihood"]
 
@@ -23,31 +23,32 @@ class BernoulliLikelihood(Likelihood):
         image_shape: The shape :math:`(C, H, W)` of one image.
     """
 
+    space_type = BinarizedSpace
+
     def __init__(self, image_shape: Sequence[int]):
         super().__init__(image_shape, maps_per_channel=1)
 
-    def space(self, levels: int = 256) -> Binarized:
-        return Binarized(levels)
-
-    def _distribution(self, maps: Tensor) -> TorchDistribution:
-        return dist.Bernoulli(logits=maps)
+    def _distribution(self, params: Tensor) -> TorchDistribution:
+        return dist.Bernoulli(logits=params)
 
 
-class _GridLikelihood(Likelihood):
-    r"""The likelihoods on the grid of pixel values."""
+class GridLikelihood(Likelihood):
+    r"""What the likelihoods on the grid of pixel values share: the number of levels."""
+
+    space_type = GridSpace
 
     def __init__(self, image_shape: Sequence[int], maps_per_channel: int, levels: int):
-        check_levels(levels)
         super().__init__(image_shape, maps_per_channel)
+        check_levels(levels)
         self.levels = levels
 
-    def space(self, levels: int | None = None) -> PixelGrid:
-        if levels not in (None, self.levels):
+    def space(self, levels: int = 256) -> PixelSpace:
+        if levels != self.levels:
             raise ValueError(f"levels={levels}, but the likelihood was made for {self.levels}")
-        return PixelGrid(self.levels)
+        return GridSpace(levels)
 
 
-class DiscretizedLogisticLikelihood(_GridLikelihood):
+class DiscretizedLogisticLikelihood(GridLikelihood):
     r"""A discretized logistic per pixel and channel; the decoder outputs location and scale.
 
     Arguments:
@@ -61,12 +62,12 @@ class DiscretizedLogisticLikelihood(_GridLikelihood):
         # the likelihood has nothing to gain, and the gradients grow without bound.
         self.floor = 0.1 / (levels - 1)
 
-    def _distribution(self, maps: Tensor) -> TorchDistribution:
-        loc, raw = maps.chunk(2, dim=-3)
+    def _distribution(self, params: Tensor) -> TorchDistribution:
+        loc, raw = params.chunk(2, dim=-3)
         return DiscretizedLogistic(loc, bounded_scale(raw, self.floor), self.levels)
 
 
-class CategoricalLikelihood(_GridLikelihood):
+class CategoricalLikelihood(GridLikelihood):
     r"""A categorical per pixel and channel; the decoder outputs one map per channel and level.
 
     Arguments:
@@ -77,6 +78,6 @@ class CategoricalLikelihood(_GridLikelihood):
     def __init__(self, image_shape: Sequence[int], levels: int = 256):
         super().__init__(image_shape, maps_per_channel=levels, levels=levels)
 
-    def _distribution(self, maps: Tensor) -> TorchDistribution:
-        logits = maps.unflatten(-3, (self.image_shape[0], self.levels))
+    def _distribution(self, params: Tensor) -> TorchDistribution:
+        logits = params.unflatten(-3, (self.image_shape[0], self.levels))
         return GridCategorical(logits.movedim(-3, -1))

@@ -1,5 +1,5 @@
 r"""Distributions of images: isotropic Gaussians, and distributions over the grid of pixel values,
-`levels` equally spaced points from -1 to 1."""
+``levels`` equally spaced points from -1 to 1."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def to_index(x: Tensor, levels: int) -> Tensor:
 
 
 class _Grid(constraints.Constraint):
-    r"""The `levels` equally spaced points from -1 to 1."""
+    r"""The ``levels`` equally spaced points from -1 to 1."""
 
     is_discrete = True
 
@@ -74,7 +74,7 @@ class _Grid(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         # A hundredth of a level is far above float32 rounding and far below a real mistake, such
-        # as dequantised images.
+        # as dequantized images.
         off_grid = (value - to_grid(to_index(value, self.levels), self.levels)).abs()
         return off_grid * (self.levels - 1) / 2 < 0.01
 
@@ -83,7 +83,7 @@ class _Grid(constraints.Constraint):
 
 
 class _GridDistribution(TorchDistribution):
-    r"""A univariate distribution over the `levels` grid points; its parameters broadcast."""
+    r"""A univariate distribution over the ``levels`` grid points; its parameters broadcast."""
 
     has_rsample = False
     levels: int
@@ -106,7 +106,7 @@ class _GridDistribution(TorchDistribution):
 
 
 class DiscretizedLogistic(_GridDistribution):
-    r"""A logistic variable rounded to a grid of `levels` points on [-1, 1].
+    r"""A logistic variable rounded to a grid of ``levels`` points on [-1, 1].
 
     .. math:: p(x) = F(x + h) - F(x - h), \qquad F(y) = \sigma((y - \mathrm{loc}) / \mathrm{scale})
 
@@ -114,10 +114,10 @@ class DiscretizedLogistic(_GridDistribution):
     to the outside, so the probabilities sum to one.
 
     Arguments:
-        loc: The location of the logistic variable, in x-space; broadcasts with `scale`.
+        loc: The location of the logistic variable, in x-space; broadcasts with ``scale``.
         scale: The scale of the logistic variable, in x-space; positive.
         levels: The number of grid points.
-        validate_args: Whether parameters and values are checked; `None` takes Pyro's setting.
+        validate_args: Whether parameters and values are checked; ``None`` takes Pyro's setting.
 
     References:
         | PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood and Other
@@ -143,7 +143,7 @@ class DiscretizedLogistic(_GridDistribution):
         if self._validate_args:
             self._validate_sample(value)
         half = 1 / (self.levels - 1)
-        # With a < b the standardised edges of the bin, sigma(b) - sigma(a) equals
+        # With a < b the standardized edges of the bin, sigma(b) - sigma(a) equals
         # sigma(b) sigma(-a) (1 - exp(a - b)): a product of terms whose logarithms are all stable.
         log_below_upper = F.logsigmoid((value - self.loc + half) / self.scale)
         log_above_lower = F.logsigmoid((self.loc - value + half) / self.scale)
@@ -166,7 +166,7 @@ class DiscretizedLogistic(_GridDistribution):
     @property
     def mean(self) -> Tensor:
         # E[x] = 1 - (2 / (levels - 1)) sum_k F(edge_k), by summation by parts. The loop keeps the
-        # memory at one image, where a broadcast would need `levels` of them.
+        # memory at one image, where a broadcast would need ``levels`` of them.
         half = 1 / (self.levels - 1)
         total = torch.zeros_like(self.loc)
         for k in range(self.levels - 1):
@@ -178,8 +178,8 @@ class GridCategorical(_GridDistribution):
     r"""A categorical variable whose outcomes are the grid points on [-1, 1] instead of indices.
 
     Arguments:
-        logits: The unnormalised log-probabilities, with shape :math:`(*, \mathrm{levels})`.
-        validate_args: Whether parameters and values are checked; `None` takes Pyro's setting.
+        logits: The unnormalized log-probabilities, with shape :math:`(*, \mathrm{levels})`.
+        validate_args: Whether parameters and values are checked; ``None`` takes Pyro's setting.
     """
 
     arg_constraints: ClassVar = {"logits": constraints.real_vector}

@@ -3,6 +3,7 @@ r"""The likelihood of images as points of a continuous space."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..nn.scale import bounded_scale, upcast
 from .base import Likelihood
 from .distributions import IsotropicNormal
-from .spaces import Dequantized
+from .spaces import DequantizedSpace
 
 __all__ = ["GaussianLikelihood"]
 
@@ -24,8 +25,8 @@ class GaussianLikelihood(Likelihood):
 
     Arguments:
         image_shape: The shape :math:`(C, H, W)` of one image.
-        sigma: `"shared"` for one learned number, `"pixel"` for a map predicted by the decoder per
-            pixel and channel, or a positive number for a fixed standard deviation, in x-space.
+        sigma: ``"shared"`` for one learned number, ``"pixel"`` for a map predicted by the decoder
+            per pixel and channel, or a positive number for a fixed standard deviation, in x-space.
             Learned ones are bounded below by 1e-3.
 
     References:
@@ -33,10 +34,11 @@ class GaussianLikelihood(Likelihood):
         | https://arxiv.org/abs/2006.13202
     """
 
+    space_type = DequantizedSpace
     floor = 1e-3
     gain = 10.0
 
-    def __init__(self, image_shape: tuple[int, int, int], sigma: str | float = "shared"):
+    def __init__(self, image_shape: Sequence[int], sigma: str | float = "shared"):
         super().__init__(image_shape, maps_per_channel=2 if sigma == "pixel" else 1)
         fixed = isinstance(sigma, int | float) and 0 < sigma < math.inf
         if not fixed and sigma not in ("shared", "pixel"):
@@ -58,6 +60,3 @@ class GaussianLikelihood(Likelihood):
         else:
             sigma = bounded_scale(upcast(self.gain * self.raw_sigma), self.floor)
         return IsotropicNormal(params, sigma, event_dim=3)
-
-    def space(self, levels: int = 256) -> Dequantized:
-        return Dequantized(levels)

@@ -1,75 +1,69 @@
-r"""Pixel spaces: where 8-bit images live as the :math:`x` of a likelihood.
-
-=====================  =====================================================================
-space                  x, for pixel values u = 0 .. levels - 1
-=====================  =====================================================================
-:class:`Dequantized`   [-1, 1], 2 (u + U[0, 1)) / levels - 1, of which a density is taken
-:class:`Binarized`     {0, 1}, drawn with probability u / (levels - 1)
-:class:`PixelGrid`     a grid on [-1, 1], 2 u / (levels - 1) - 1
-=====================  =====================================================================
-"""
+r"""Pixel spaces: where the 8-bit images of a data set live as the :math:`x` of the programs."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .distributions import to_grid
 
-__all__ = ["Binarized", "Dequantized", "PixelGrid", "PixelSpace", "check_levels", "check_range"]
+__all__ = ["BinarizedSpace", "DequantizedSpace", "GridSpace", "PixelSpace", "check_range"]
 
 
-class PixelSpace(ABC):
-    r"""The conversion of 8-bit images to the :math:`x` of a likelihood, and back.
+@dataclass(frozen=True)
+class PixelSpace:
+    r"""The contract of a pixel space, which takes 8-bit images to x-space and back.
+
+    A subclass defines :meth:`to_x` and :meth:`to_unit`, and :attr:`log_bin_width` if its values
+    have a density.
 
     Arguments:
         levels: The number of levels that a pixel can take, at most 256.
 
     Raises:
-        ValueError: If the number of levels is out of range.
+        ValueError: If ``levels`` is not as above.
     """
 
-    def __init__(self, levels: int = 256):
-        check_levels(levels)
-        self.levels = levels
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        r"""Returns 8-bit images in x-space, with fresh noise where the space needs it.
+        r"""Returns images in x-space, with noise drawn afresh where the space needs it.
 
         The values are not looked at, because that would synchronize the device in every training
         step; call :func:`check_range` once where the data are loaded.
 
         Arguments:
-            images: Images in ``uint8`` with values below :attr:`levels`, of any shape.
+            images: ``uint8`` images with values 0 .. levels - 1, of any shape.
 
         Returns:
             The images in x-space, in the default dtype and with the shape of ``images``.
 
         Raises:
-            ValueError: If the images are no ``uint8``.
+            ValueError: If the dtype is not as above.
         """
         if images.dtype != torch.uint8:
             raise ValueError(
                 f"images must be uint8 with values 0..{self.levels - 1}, got {images.dtype}"
             )
-        return self._preprocess(images.to(torch.get_default_dtype()))
+        return self.to_x(images.to(torch.get_default_dtype()))
 
-    @abstractmethod
-    def _preprocess(self, u: Tensor) -> Tensor: ...
+    def to_x(self, u: Tensor) -> Tensor:
+        r"""Returns pixel values 0 .. levels - 1, as floating-point numbers, in x-space."""
+        raise NotImplementedError
 
-    @abstractmethod
     def to_unit(self, x: Tensor) -> Tensor:
-        r"""Returns images from x-space in [0, 1], where u becomes u / (levels - 1).
+        r"""Returns images in [0, 1], clamped, where u has become u / (levels - 1).
 
         Arguments:
             x: Images in x-space, of any shape: data, samples or means.
-
-        Returns:
-            The images in [0, 1], clamped, with the shape of ``x``.
         """
+        raise NotImplementedError
 
     @property
     def log_bin_width(self) -> float:
@@ -79,14 +73,11 @@ class PixelSpace(ABC):
         """
         return 0.0
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(levels={self.levels})"
 
+class DequantizedSpace(PixelSpace):
+    r"""The interval [-1, 1], where a pixel value is uniform over its bin."""
 
-class Dequantized(PixelSpace):
-    r"""Uniformly dequantized images in [-1, 1], of which a density is taken."""
-
-    def _preprocess(self, u: Tensor) -> Tensor:
+    def to_x(self, u: Tensor) -> Tensor:
         return 2 * (u + torch.rand_like(u)) / self.levels - 1
 
     def to_unit(self, x: Tensor) -> Tensor:
@@ -98,20 +89,20 @@ class Dequantized(PixelSpace):
         return math.log(2 / self.levels)
 
 
-class Binarized(PixelSpace):
-    r"""Stochastically binarized images in {0, 1}."""
+class BinarizedSpace(PixelSpace):
+    r"""The values 0 and 1, where a pixel is 1 with probability u / (levels - 1)."""
 
-    def _preprocess(self, u: Tensor) -> Tensor:
+    def to_x(self, u: Tensor) -> Tensor:
         return (torch.rand_like(u) < u / (self.levels - 1)).to(u.dtype)
 
     def to_unit(self, x: Tensor) -> Tensor:
         return x.clamp(0, 1)
 
 
-class PixelGrid(PixelSpace):
-    r"""Images on the grid of their pixel values in [-1, 1]."""
+class GridSpace(PixelSpace):
+    r"""The ``levels`` equally spaced points from -1 to 1."""
 
-    def _preprocess(self, u: Tensor) -> Tensor:
+    def to_x(self, u: Tensor) -> Tensor:
         return to_grid(u, self.levels)
 
     def to_unit(self, x: Tensor) -> Tensor:
@@ -119,7 +110,6 @@ class PixelGrid(PixelSpace):
 
 
 def check_levels(levels: int) -> None:
-    r"""Raises a ``ValueError`` unless 8-bit pixels can take so many levels."""
     if not isinstance(levels, int) or not 2 <= levels <= 256:
         raise ValueError(f"levels must be an int from 2 to 256 (images are uint8), got {levels}")
 
@@ -128,7 +118,7 @@ def check_range(images: Tensor, levels: int) -> None:
     r"""Checks once, where the data are loaded, that no pixel is beyond ``levels``.
 
     Arguments:
-        images: Images in ``uint8``, of any shape.
+        images: ``uint8`` images of any shape.
         levels: The number of levels that a pixel can take, at most 256.
 
     Raises:

@@ -1,11 +1,12 @@
-r"""Convolutional encoders and decoders in the manner of DCGAN, for images of 8 to 64 pixels.
+r"""Convolutional encoders and decoders in the manner of DCGAN, for images of 8 to 256 pixels.
 
-The encoder halves the image with strided convolutions down to 4 x 4 features and reads the
-posterior off them with a linear layer; the decoder is its mirror image. Three choices are ours:
+The encoder halves the image with strided convolutions down to 3 to 6 pixels along its shorter side
+and reads the posterior off these features with a linear layer; the decoder is its mirror image. An
+image whose sides do not halve so often is padded with zeros. Three choices are ours:
 
-- There is no norm by default. GroupNorm (`norm="group"`) treats each example alone as well, but
-  networks of this depth train faster without. BatchNorm (`norm="batch"`, the norm of DCGAN) couples
-  the examples of a batch in training: then "the ELBO of one datum" is not defined.
+- There is no norm by default. GroupNorm (``norm="group"``) treats each example alone as well, but
+  networks of this depth train faster without. BatchNorm (``norm="batch"``, the norm of DCGAN)
+  couples the examples of a batch in training: then "the ELBO of one datum" is not defined.
 - No norm follows the layer that sees the image (as in DCGAN). In the decoder, GroupNorm does not
   follow the layer that sees the latent either: it would divide out the length of the latent.
 - The activation is SiLU. SELU, which the 2021 code used, takes many times longer on a CPU.
@@ -23,37 +24,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ..arguments import check_whole
-from .scale import bounded_scale, upcast
+from ..arguments import check_choice, check_whole
+from .vectors import Head, check_scales, gaussian, with_context
 
-if TYPE_CHECKING:
-    from ..likelihoods import Likelihood
-
-__all__ = ["ConvDecoder", "ConvEncoder"]
-
-# The side of the feature maps between the convolutions and the linear layers.
-_SIDE = 4
+__all__ = ["ConvDecoder", "ConvEncoder", "check_image_size"]
 
 _HALVE = {"kernel_size": 4, "stride": 2, "padding": 1}
 _KEEP = {"kernel_size": 3, "stride": 1, "padding": 1}
-
-# The convolutions of each image size, from the image inwards. A transposed convolution with the
-# same geometry undoes the change of size. An 8-pixel image is halved only once, which is little
-# capacity even for digits, so that a convolution at full size comes first.
-_GEOMETRIES = {
-    8: [_KEEP, _HALVE],
-    16: [_HALVE] * 2,
-    28: [_HALVE] * 3,  # padded to 32
-    32: [_HALVE] * 3,
-    64: [_HALVE] * 4,
-}
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda channels: nn.GroupNorm(8 if channels % 8 == 0 else 1, channels),
@@ -63,17 +46,19 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class ConvEncoder(nn.Module):
-    r"""The amortised posterior :math:`q_\psi(z_0 \mid x) = \mathcal{N}(m(x), s(x)^2)`.
+    r"""The amortized posterior :math:`q_\psi(z_0 \mid x) = \mathcal{N}(m(x), s(x)^2)`.
 
     Arguments:
-        image_shape: The shape :math:`(C, H, W)` of an image, with H = W in 8, 16, 28, 32, 64.
+        image_shape: The shape :math:`(C, H, W)` of an image, with H and W from 8 to 256.
         latent_dim: The dimension D of the latent.
         width: The number of channels after the first convolution; it doubles up to 8 times that.
-        norm: `"group"` (examples stay independent), `"batch"` (they do not) or `"none"`.
+        norm: ``"group"`` (examples stay independent), ``"batch"`` (they do not) or ``"none"``.
         min_scale: The lower bound of s(x), in the units of the latent.
         max_scale: The upper bound of s(x), in the units of the latent.
-        channels: The channels after each convolution, from the image inwards, in place of `width`.
+        channels: The channels after each convolution, from the image inwards, in place of
+            ``width``.
         activation: The activation module.
+        context_features: The number of features :math:`F` of the context.
 
     Raises:
         ValueError: If an argument is not as above.
@@ -87,7 +72,7 @@ class ConvEncoder(nn.Module):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_shape: Sequence[int],
         latent_dim: int,
         width: int = 32,
         norm: str = "none",
@@ -96,48 +81,47 @@ class ConvEncoder(nn.Module):
         *,
         channels: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.SiLU,
+        context_features: int = 0,
     ):
         super().__init__()
-        geometry, channels = _plan(image_shape, latent_dim, width, norm, channels)
-        if not 0 < min_scale < max_scale < math.inf:
-            raise ValueError(
-                f"need 0 < min_scale < max_scale < inf, got {min_scale=} and {max_scale=}"
-            )
+        plan = make_plan(image_shape, latent_dim, width, norm, channels)
+        check_scales(min_scale, max_scale)
         self.image_shape = tuple(image_shape)
         self.latent_dim = latent_dim
         self.min_scale, self.max_scale = min_scale, max_scale
-        self.pad = _padding(image_shape)
+        self.context_features = context_features
+        self.pad = plan.pad
 
         layers: list[nn.Module] = []
-        before = image_shape[0]
-        for i, (kernel, after) in enumerate(zip(geometry, channels, strict=True)):
-            layers.append(_initialised(nn.Conv2d(before, after, **kernel), activation))
+        before = self.image_shape[0]
+        for i, (kernel, after) in enumerate(zip(plan.kernels, plan.channels, strict=True)):
+            layers.append(initialized(nn.Conv2d(before, after, **kernel), activation))
             layers += [_NORMS[norm if i > 0 else "none"](after), activation()]
             before = after
         self.features = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(channels[-1] * _SIDE**2, 2 * latent_dim)
+        self.head = nn.Linear(before * math.prod(plan.sides) + context_features, 2 * latent_dim)
 
-    def forward(self, x: Tensor) -> TorchDistribution:
+    def forward(self, x: Tensor, c: Tensor | None = None) -> TorchDistribution:
         r"""Returns :math:`q_\psi(z_0 \mid x)`.
 
         Arguments:
             x: Images in x-space, with shape :math:`(*, C, H, W)`.
+            c: The context, with shape :math:`(B, F)`; the last of the leading dimensions is B.
 
         Returns:
             A Gaussian with batch shape :math:`(*)` and event shape :math:`(D,)`.
 
         Raises:
-            ValueError: If the last three dimensions of `x` are not as above.
+            ValueError: If the last three dimensions of ``x`` are not as above.
         """
         if x.shape[-3:] != self.image_shape:
             raise ValueError(f"x must end in shape {self.image_shape}, got {tuple(x.shape)}")
 
-        batch_shape = x.shape[:-3]
-        # Convolutions take one batch dimension; vectorised particles bring more of them.
-        x = F.pad(x.reshape(-1, *self.image_shape), (self.pad,) * 4)
-        outputs = upcast(self.head(self.features(x))).reshape(*batch_shape, 2 * self.latent_dim)
-        loc, raw = outputs.chunk(2, dim=-1)
-        return dist.Normal(loc, bounded_scale(raw, self.min_scale, self.max_scale)).to_event(1)
+        # Convolutions take one batch dimension; vectorized particles bring more of them.
+        flat = F.pad(x.reshape(-1, *self.image_shape), self.pad)
+        h = self.features(flat)
+        h = with_context(h.reshape(*x.shape[:-3], h.shape[-1]), c, self.context_features)
+        return gaussian(self.head(h), self.min_scale, self.max_scale)
 
 
 class ConvDecoder(nn.Module):
@@ -145,13 +129,14 @@ class ConvDecoder(nn.Module):
 
     Arguments:
         latent_dim: The dimension D of the latent.
-        likelihood: The likelihood that reads the maps; its `image_shape` is the decoder's.
-        width: The number of channels before the last convolution, as in `ConvEncoder`.
-        norm: `"group"` (examples stay independent), `"batch"` (they do not) or `"none"`.
+        likelihood: The likelihood that reads the maps; its ``image_shape`` is the decoder's.
+        width: The number of channels before the last convolution, as in :class:`ConvEncoder`.
+        norm: ``"group"`` (examples stay independent), ``"batch"`` (they do not) or ``"none"``.
         channels: The channels before each convolution, from the latent outwards, in place of
-            `width`.
+            ``width``.
         activation: The activation module.
         tanh: Whether the maps go through a tanh; only for likelihoods that read a mean in [-1, 1].
+        context_features: The number of features :math:`F` of the context.
 
     Raises:
         ValueError: If an argument is not as above.
@@ -160,103 +145,131 @@ class ConvDecoder(nn.Module):
     def __init__(
         self,
         latent_dim: int,
-        likelihood: Likelihood,
+        likelihood: Head,
         width: int = 32,
         norm: str = "none",
         *,
         channels: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.SiLU,
         tanh: bool = False,
+        context_features: int = 0,
     ):
         super().__init__()
         inwards = None if channels is None else tuple(reversed(channels))
-        geometry, inwards = _plan(likelihood.image_shape, latent_dim, width, norm, inwards)
-        if tanh and not likelihood.mean_only:
+        plan = make_plan(likelihood.image_shape, latent_dim, width, norm, inwards)
+        if tanh and not getattr(likelihood, "mean_only", False):
             raise ValueError(
                 f"tanh needs a likelihood whose maps are a mean in [-1, 1], got {likelihood}"
             )
         self.latent_dim = latent_dim
         self.likelihood = likelihood
-        self.pad = _padding(likelihood.image_shape)
+        self.context_features = context_features
+        self.pad = [-p for p in plan.pad]
 
-        channels = inwards[::-1]
+        before, *rest = reversed(plan.channels)
         layers: list[nn.Module] = [
-            nn.Linear(latent_dim, channels[0] * _SIDE**2),
-            nn.Unflatten(-1, (channels[0], _SIDE, _SIDE)),
-            _NORMS["none" if norm == "group" else norm](channels[0]),
+            nn.Linear(latent_dim + context_features, before * math.prod(plan.sides)),
+            nn.Unflatten(-1, (before, *plan.sides)),
+            _NORMS["none" if norm == "group" else norm](before),
             activation(),
         ]
-        before = channels[0]
-        for kernel, after in zip(geometry[:0:-1], channels[1:], strict=True):
-            layers.append(_initialised(nn.ConvTranspose2d(before, after, **kernel), activation))
+        for kernel, after in zip(plan.kernels[:0:-1], rest, strict=True):
+            layers.append(initialized(nn.ConvTranspose2d(before, after, **kernel), activation))
             layers += [_NORMS[norm](after), activation()]
             before = after
-        output = nn.ConvTranspose2d(before, likelihood.num_maps, **geometry[0])
-        layers += [_initialised(output, activation), nn.Tanh() if tanh else nn.Identity()]
+        output = nn.ConvTranspose2d(before, likelihood.num_maps, **plan.kernels[0])
+        layers += [initialized(output, activation), nn.Tanh() if tanh else nn.Identity()]
         self.maps = nn.Sequential(*layers)
 
-    def forward(self, z: Tensor) -> TorchDistribution:
+    def forward(self, z: Tensor, c: Tensor | None = None) -> TorchDistribution:
         r"""Returns :math:`p_\theta(x \mid z_0)`.
 
         Arguments:
             z: Latents, with shape :math:`(*, D)`.
+            c: The context, with shape :math:`(B, F)`; the last of the leading dimensions is B.
 
         Returns:
             A distribution with batch shape :math:`(*)` and event shape :math:`(C, H, W)`.
 
         Raises:
-            ValueError: If the last dimension of `z` is not D.
+            ValueError: If the last dimension of ``z`` is not D.
         """
         if z.shape[-1:] != (self.latent_dim,):
             raise ValueError(f"z must end in shape ({self.latent_dim},), got {tuple(z.shape)}")
 
-        batch_shape = z.shape[:-1]
-        maps = self.maps(z.reshape(-1, self.latent_dim))
-        maps = F.pad(maps, (-self.pad,) * 4)
-        return self.likelihood(maps.reshape(*batch_shape, *maps.shape[1:]))
+        h = with_context(z, c, self.context_features)
+        maps = F.pad(self.maps(h.reshape(-1, h.shape[-1])), self.pad)
+        return self.likelihood(maps.reshape(*z.shape[:-1], *maps.shape[1:]))
 
 
-# --- Checks and initialisation ------------------------------------------------------------------
+# --- Geometry and initialization ----------------------------------------------------------------
 
 
-def _plan(
-    image_shape: tuple[int, int, int],
+class Plan(NamedTuple):
+    r"""The geometry of a network, from the image inwards.
+
+    Arguments:
+        kernels: The convolutions. A transposed one with the same geometry undoes a change of size.
+        channels: The channels after each of them.
+        sides: The height and width of the last features.
+        pad: The zeros around the image, as ``torch.nn.functional.pad`` takes them.
+    """
+
+    kernels: list[dict[str, int]]
+    channels: tuple[int, ...]
+    sides: tuple[int, int]
+    pad: tuple[int, int, int, int]
+
+
+def check_image_size(height: int, width: int | None = None) -> None:
+    r"""Raises a ``ValueError`` unless the convolutional networks take images of that size.
+
+    Arguments:
+        height: The number of rows.
+        width: The number of columns, or ``None`` for square images.
+    """
+    width = height if width is None else width
+    for side in (height, width):
+        if not isinstance(side, int) or not 8 <= side <= 256:
+            raise ValueError(
+                f"images of {height} x {width} pixels: the convolutional networks take 8 to 256 "
+                "pixels a side: resize the images (--image-size), or use networks of your own"
+            )
+
+
+def make_plan(
+    image_shape: Sequence[int],
     latent_dim: int,
     width: int,
     norm: str,
     channels: Sequence[int] | None,
-) -> tuple[list[dict[str, int]], tuple[int, ...]]:
-    r"""Checks the arguments and returns geometry and channels, both from the image inwards."""
-    image_shape = tuple(image_shape)
+) -> Plan:
+    r"""Returns the geometry of a network, after a check of its arguments."""
     if len(image_shape) != 3 or image_shape[0] < 1:
-        raise ValueError(f"image_shape must be (C, H, W) with C >= 1, got {image_shape}")
-    if image_shape[1] != image_shape[2] or image_shape[1] not in _GEOMETRIES:
-        raise ValueError(
-            f"image_shape must have H = W in {', '.join(map(str, _GEOMETRIES))}, got {image_shape}"
-        )
-    for name, value in (("latent_dim", latent_dim), ("width", width)):
-        check_whole(name, value)
-    if norm not in _NORMS:
-        raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
+        raise ValueError(f"image_shape must be (C, H, W) with C >= 1, got {tuple(image_shape)}")
+    check_image_size(*image_shape[1:])
+    check_whole("latent_dim", latent_dim)
+    check_whole("width", width)
+    check_choice("norm", norm, _NORMS)
 
-    geometry = _GEOMETRIES[image_shape[1]]
+    halvings = max(1, round(math.log2(min(image_shape[1:]) / 4)))
+    # A small image is halved only once, which is little capacity even for digits, so that a
+    # convolution at full size comes first.
+    kernels = ([_KEEP] if halvings == 1 else []) + [_HALVE] * halvings
     if channels is None:
-        channels = [width * min(2**i, 8) for i in range(len(geometry))]
-    if len(channels) != len(geometry) or min(channels) < 1:
+        channels = [width * min(2**i, 8) for i in range(len(kernels))]
+    if len(channels) != len(kernels) or min(channels) < 1:
         raise ValueError(
-            f"channels must be {len(geometry)} positive ints for {image_shape[1]} pixels, "
+            f"channels must be {len(kernels)} positive ints for {min(image_shape[1:])} pixels, "
             f"got {tuple(channels)}"
         )
-    return geometry, tuple(channels)
+    height, width = (math.ceil(side / 2**halvings) for side in image_shape[1:])
+    rows, columns = (height << halvings) - image_shape[1], (width << halvings) - image_shape[2]
+    pad = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return Plan(kernels, tuple(channels), (height, width), pad)
 
 
-def _padding(image_shape: tuple[int, int, int]) -> int:
-    return 2 if image_shape[1] == 28 else 0
-
-
-def _initialised(
-    conv: nn.Conv2d | nn.ConvTranspose2d, activation: type[nn.Module]
-) -> nn.Conv2d | nn.ConvTranspose2d:
+def initialized(conv: nn.Conv2d | nn.ConvTranspose2d, activation: type[nn.Module]) -> nn.Module:
     r"""Draws weights which keep the variance of the signal: LeCun for SELU, He otherwise."""
     fan_in = conv.in_channels * conv.kernel_size[0] ** 2
     if isinstance(conv, nn.ConvTranspose2d):

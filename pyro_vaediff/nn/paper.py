@@ -2,21 +2,21 @@ r"""The networks of the paper's public code, as settings of :mod:`~pyro_vaediff.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from torch import nn
 
 from .conv import ConvDecoder, ConvEncoder
-
-if TYPE_CHECKING:
-    from ..likelihoods import Likelihood
+from .vectors import Head
 
 __all__ = ["paper_decoder", "paper_encoder"]
 
 _DECODER_CHANNELS = {32: (512, 256, 128), 64: (512, 512, 512, 256)}
 
 
-def paper_encoder(image_shape: tuple[int, int, int], latent_dim: int) -> ConvEncoder:
+def paper_encoder(
+    image_shape: Sequence[int], latent_dim: int, context_features: int = 0
+) -> ConvEncoder:
     r"""The encoder of the paper's public code: its width is a quarter of the latent's dimension.
 
     With w = D / 4, the channels are w, 2w, 4w (32 pixels) or w, 2w, 4w, 4w (64 pixels), and the
@@ -26,6 +26,7 @@ def paper_encoder(image_shape: tuple[int, int, int], latent_dim: int) -> ConvEnc
     Arguments:
         image_shape: The shape :math:`(C, H, W)` of an image, with H = W in 32, 64.
         latent_dim: The dimension D of the latent, at least 4.
+        context_features: The number of features of the context.
 
     Returns:
         The encoder. Its BatchNorm couples the examples of a batch in train mode.
@@ -38,10 +39,17 @@ def paper_encoder(image_shape: tuple[int, int, int], latent_dim: int) -> ConvEnc
         raise ValueError(f"latent_dim must be at least 4 for the paper's encoder, got {latent_dim}")
     w = latent_dim // 4
     channels = (w, 2 * w, 4 * w) if size == 32 else (w, 2 * w, 4 * w, 4 * w)
-    return ConvEncoder(image_shape, latent_dim, norm="batch", channels=channels, activation=nn.SELU)
+    return ConvEncoder(
+        image_shape,
+        latent_dim,
+        norm="batch",
+        channels=channels,
+        activation=nn.SELU,
+        context_features=context_features,
+    )
 
 
-def paper_decoder(latent_dim: int, likelihood: Likelihood) -> ConvDecoder:
+def paper_decoder(latent_dim: int, likelihood: Head, context_features: int = 0) -> ConvDecoder:
     r"""The decoder of the paper's public code: 512, 256, 128 or 512, 512, 512, 256 channels.
 
     SELU, with BatchNorm at 32 pixels and without a norm at 64. Layers have biases, which that code
@@ -52,6 +60,7 @@ def paper_decoder(latent_dim: int, likelihood: Likelihood) -> ConvDecoder:
     Arguments:
         latent_dim: The dimension D of the latent.
         likelihood: The likelihood, for images of 32 or 64 pixels.
+        context_features: The number of features of the context.
 
     Returns:
         The decoder.
@@ -66,11 +75,12 @@ def paper_decoder(latent_dim: int, likelihood: Likelihood) -> ConvDecoder:
         norm="batch" if size == 32 else "none",
         channels=_DECODER_CHANNELS[size],
         activation=nn.SELU,
-        tanh=likelihood.mean_only,
+        tanh=getattr(likelihood, "mean_only", False),
+        context_features=context_features,
     )
 
 
-def _paper_size(image_shape: tuple[int, int, int]) -> int:
+def _paper_size(image_shape: Sequence[int]) -> int:
     if tuple(image_shape)[1:] not in ((32, 32), (64, 64)):
         raise ValueError(f"image_shape must have 32 or 64 pixels a side, got {tuple(image_shape)}")
     return image_shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyro
+import torch
 from torch import Tensor
 
 from ..arguments import check_whole
@@ -46,13 +47,29 @@ class FlowPrior(Prior):
         check_whole("num_steps", num_steps)
         if not hidden_features or min(hidden_features) < 1:
             raise ValueError(f"hidden_features must be one or more widths, got {hidden_features}")
+        self.context_features = context_features
         self.flow = masked_autoregressive_flow(
             self.latent_dim, context_features, num_steps, hidden_features
         )
 
     def distribution(self, c: Tensor | None = None) -> FlowDistribution:
-        r"""Returns :math:`p(z_0 | c)`, whose log-density is exact."""
-        return FlowDistribution(self.flow(c), self.event_shape)
+        r"""Returns :math:`p(z_0 | c)`, whose log-density is exact.
+
+        Raises:
+            ValueError: If the context is not what the prior was made for, or if the prior is in
+                half precision.
+        """
+        features, dtype = 0 if c is None else c.shape[-1], self.origin.dtype
+        if features != self.context_features:
+            raise ValueError(
+                f"the context must have context_features={self.context_features} features (0 is "
+                f"none), got {features}"
+            )
+        if torch.finfo(dtype).bits < 32:
+            raise ValueError(f"a FlowPrior must be in float32 or float64, not in {dtype}")
+        with torch.autocast(self.origin.device.type, enabled=False):
+            flow = self.flow(None if c is None else c.to(dtype))
+        return FlowDistribution(flow, self.event_shape)
 
     def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_whole
-from ..nn.scale import bounded_scale
+from ..nn.scale import bounded_scale, upcast
 from ..register import register
 from .base import Prior
 
@@ -53,9 +53,9 @@ class MixturePrior(Prior):
 
     def distribution(self, c: Tensor | None = None) -> dist.MixtureSameFamily:
         r"""Returns :math:`p(z_0)`, whose log-density is exact; the context has no part in it."""
-        scale = bounded_scale(self.raw_scale, self.floor)
-        components = dist.Normal(self.loc, scale).to_event(self.event_dim)
-        return GaussianMixture(dist.Categorical(logits=self.logits), components)
+        scale = bounded_scale(upcast(self.raw_scale), self.floor)
+        components = dist.Normal(upcast(self.loc), scale).to_event(self.event_dim)
+        return GaussianMixture(dist.Categorical(logits=upcast(self.logits)), components)
 
     def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)
@@ -75,7 +75,9 @@ class GaussianMixture(dist.MixtureSameFamily):
         normals, value = self.component_distribution.base_dist, value.flatten(-self.event_dim)
         loc, scale = normals.loc.flatten(1), normals.scale.flatten(1)
         precision = scale.square().reciprocal()
-        exponent = value @ (loc * precision).mT - value.square() @ precision.mT / 2
+        # In half precision, as autocast has it, the exponent would be wrong by many nats.
+        with torch.autocast(value.device.type, enabled=False):
+            exponent = value @ (loc * precision).mT - value.square() @ precision.mT / 2
         constant = (loc.square() * precision / 2 + scale.log()).sum(-1)
         constant = constant + self.event_shape.numel() * math.log(2 * math.pi) / 2
         log_weights = self.mixture_distribution.logits.log_softmax(-1)
@@ -150,9 +152,11 @@ class VampPrior(Prior):
         # clamped value with the gradient of the unclamped one.
         u = self.pseudo_inputs
         u = u + (u.clamp(*self.support) - u).detach()
-        components = self._encoder[0](u)
+        if (encoder := self._encoder[0]) is None:
+            raise ValueError("a VampPrior needs an encoder: make it a part of a VAE first")
+        components = encoder(u)
         self.check_posterior(components)
-        weights = dist.Categorical(logits=self.origin.new_zeros(len(u)))
+        weights = dist.Categorical(logits=upcast(self.origin).new_zeros(len(u)))
         return dist.MixtureSameFamily(weights, components)
 
     def model(self, c: Tensor | None = None) -> Tensor:

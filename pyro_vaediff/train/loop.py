@@ -20,12 +20,12 @@ from ..arguments import check_whole
 from ..data import ImageData, batches
 from ..evaluate import evaluate, preprocess, value_elbo
 from ..files import remove_unfinished, write_csv
-from ..infer import differentiable_terms
 from ..priors import GaussianPrior
 from ..vae import VAE
 from . import distributed
-from .config import TrainConfig
-from .optim import TorchOptim, WeightAverage, learning_rate, parameter_groups, per_datum
+from .build import make_vae
+from .config import ModelConfig, TrainConfig
+from .optim import TorchOptim, WeightAverage, learning_rate, make_svi, parameter_groups, per_datum
 from .runs import (
     BEST,
     CHECKPOINT,
@@ -100,7 +100,7 @@ class Trainer:
         snapshots: Iterable[int] = (),
         init: str | Path | None = None,
         *,
-        model_config: Any = None,
+        model_config: ModelConfig | None = None,
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
         on_epoch: Callable[[Record], object] | None = None,
     ):
@@ -139,14 +139,48 @@ class Trainer:
 
         gaussian = GaussianPrior(vae.prior.event_shape).to(vae.prior.origin)
         first = VAE(vae.encoder, vae.decoder, gaussian)
-        self.terms: dict[str, Tensor] = {}
-        self.svi = self.make_svi(vae.model, vae.guide)
-        self.gaussian_svi = self.make_svi(first.model, first.guide)
-        self.prior_svi = self.make_svi(vae.prior_model, vae.prior_guide)
+        self.svi, self.gaussian_svi, self.prior_svi = (
+            make_svi(*(per_datum(p, self.batch_size) for p in programs), self.optim, elbo)
+            for programs in (
+                (vae.model, vae.guide),
+                (first.model, first.guide),
+                (vae.prior_model, vae.prior_guide),
+            )
+        )
         self.average = WeightAverage(vae, config.ema) if config.ema else None
         # Whatever draws random numbers between here and `fit` does not change the run.
         torch.manual_seed(config.seed)
         self._rng = self.rng_state()
+
+    @classmethod
+    def from_config(
+        cls,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        elbo: pyro.infer.ELBO,
+        data: ImageData,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Trainer:
+        r"""Returns the run of a VAE that is made from its configuration, and from the seed.
+
+        Arguments:
+            model_config: What to train.
+            config: How to train it.
+            elbo: The estimator to train with.
+            data: The images.
+            args: Further arguments of :class:`Trainer`, from ``device`` on.
+            kwargs: Further keyword arguments of :class:`Trainer`.
+        """
+        for name, mine, theirs in (
+            ("image_shape", tuple(model_config.image_shape), data.image_shape),
+            ("levels", model_config.levels, data.levels),
+        ):
+            if mine != theirs:
+                raise ValueError(f"{name} must be that of the data, {theirs}, got {mine}")
+        torch.manual_seed(config.seed)
+        vae = make_vae(model_config)
+        return cls(vae, data, elbo, config, *args, model_config=model_config, **kwargs)
 
     def count_epochs(self) -> int:
         r"""Returns the number of epochs, after a look at whether there is something to train."""
@@ -184,21 +218,6 @@ class Trainer:
             torch.manual_seed(self.config.seed)
             x = preprocess(self.vae, self.data.train[: max(1, len(pseudo_inputs))])
         self.vae.prior.initialize(x)
-
-    def make_svi(self, model: Callable, guide: Callable) -> pyro.infer.SVI:
-        r"""Returns Pyro's SVI for two programs, whose loss is in nats per datum."""
-
-        def loss_and_grads(model: Callable, guide: Callable, *args: Tensor) -> float:
-            terms = differentiable_terms(self.elbo, model, guide, *args)
-            sum(terms.values(), torch.zeros(())).backward()
-            self.terms = {name: term.detach() for name, term in terms.items()}
-            gradients = [p.grad for p in self.optim.parameters if p.grad is not None]
-            # The losses of several processes are parts of one.
-            distributed.sum_([*gradients, *self.terms.values()])
-            return 0.0  # a number that is read from the device would have to be waited for
-
-        programs = (per_datum(program, self.batch_size) for program in (model, guide))
-        return pyro.infer.SVI(*programs, self.optim, loss_and_grads, loss_and_grads=loss_and_grads)
 
     def fit(self, progress: bool = True) -> VAE:
         r"""Trains until the last epoch and returns the best model, in eval mode.
@@ -272,12 +291,13 @@ class Trainer:
             step, self.steps = step + 1, self.steps + 1
             if self.average is not None:
                 self.average.update(self.vae)
-            values = torch.stack([*self.terms.values(), self.optim.grad_norm])
+            terms = svi.loss.terms
+            values = torch.stack([*terms.values(), self.optim.grad_norm])
             # A sum remembers that one of its terms was not finite.
             total = values if total is None else total + values
             if step % check_every == 0 or step == self.steps_per_epoch:
-                self.check_finite(total.tolist(), step)
-                bar.set_postfix_str(describe(self.terms), refresh=False)
+                self.check_finite(terms, total.tolist(), step)
+                bar.set_postfix_str(describe(terms), refresh=False)
             bar.update()
             if self.steps == self.config.max_steps or time.perf_counter() > deadline:
                 break
@@ -286,7 +306,7 @@ class Trainer:
         # The prior alone has no reconstruction, hence no negative ELBO.
         record = {} if svi is self.prior_svi else {"train": sum(means[:-1])}
         record["grad_norm"] = means[-1]
-        return record | {f"train {n}": mean for n, mean in zip(self.terms, means, strict=False)}
+        return record | {f"train {n}": mean for n, mean in zip(terms, means, strict=False)}
 
     def batches(self) -> Iterable[Tensor]:
         r"""Returns the batches of an epoch, or this process's parts of them."""
@@ -331,9 +351,9 @@ class Trainer:
         tensors += self.elbo_state().values()
         distributed.broadcast_(tensors)
 
-    def check_finite(self, total: list[float], step: int) -> None:
+    def check_finite(self, terms: Iterable[str], total: list[float], step: int) -> None:
         r"""Raises a :class:`NonFiniteError` that names the terms which are not finite."""
-        names = [*self.terms, "the norm of the gradient"]
+        names = [*terms, "the norm of the gradient"]
         broken = {n: v for n, v in zip(names, total, strict=True) if not math.isfinite(v)}
         if broken:
             step += len(self.history) * self.steps_per_epoch

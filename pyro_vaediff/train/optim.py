@@ -6,14 +6,26 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pyro.infer
 import torch
 from pyro import poutine
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from ..infer import differentiable_terms
 from ..vae import VAE
+from . import distributed
 from .config import TrainConfig
 
-__all__ = ["TorchOptim", "WeightAverage", "learning_rate", "parameter_groups", "per_datum"]
+__all__ = [
+    "TermsLoss",
+    "TorchOptim",
+    "WeightAverage",
+    "learning_rate",
+    "make_svi",
+    "parameter_groups",
+    "per_datum",
+]
 
 
 def per_datum(program: Callable, batch_size: int | None = None) -> Callable:
@@ -32,7 +44,7 @@ def per_datum(program: Callable, batch_size: int | None = None) -> Callable:
     return scaled
 
 
-class TorchOptim:
+class TorchOptim(PyroOptim):
     r"""One torch optimizer for all parameters, as :class:`pyro.infer.SVI` calls one.
 
     Pyro's own optimizers hold one torch optimizer per parameter. A single one is faster, clips the
@@ -50,6 +62,7 @@ class TorchOptim:
         clip_norm: float | None = None,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ):
+        # Not super().__init__: it prepares for one torch optimizer per parameter.
         self.optimizer = optimizer
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.scheduler = scheduler
@@ -87,6 +100,47 @@ class TorchOptim:
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state_dict["scheduler"])
+
+
+class TermsLoss:
+    r"""The loss of :class:`pyro.infer.SVI`, whose terms stay on their device.
+
+    The processes of a :func:`~pyro_vaediff.train.distributed.process_group` take the same step,
+    along the sum of their gradients.
+
+    Arguments:
+        elbo: The estimator.
+        optim: The optimizer.
+    """
+
+    def __init__(self, elbo: pyro.infer.ELBO, optim: TorchOptim):
+        self.elbo, self.optim = elbo, optim
+        #: The terms of the last loss, by name.
+        self.terms: dict[str, Tensor] = {}
+
+    def __call__(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        r"""Adds the gradient of the loss to those of the parameters, and keeps its terms."""
+        terms = differentiable_terms(self.elbo, model, guide, *args, **kwargs)
+        sum(terms.values()).backward()  # type: ignore[union-attr]
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        gradients = [p.grad for p in self.optim.parameters if p.grad is not None]
+        distributed.sum_([*gradients, *self.terms.values()])
+        return 0.0  # a number that is read from the device would have to be waited for
+
+
+def make_svi(
+    model: Callable, guide: Callable, optim: TorchOptim, elbo: pyro.infer.ELBO
+) -> pyro.infer.SVI:
+    r"""Returns Pyro's SVI, the terms of whose last loss are in ``svi.loss.terms``.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        optim: The optimizer.
+        elbo: The estimator.
+    """
+    loss = TermsLoss(elbo, optim)
+    return pyro.infer.SVI(model, guide, optim, loss, loss_and_grads=loss)
 
 
 def parameter_groups(vae: VAE, config: TrainConfig) -> list[dict[str, Any]]:
@@ -162,13 +216,13 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Any]:
         r"""Returns the average and the number of updates."""
-        return {"count": self.count, "values": self.values}
+        return self.values | {"count": torch.tensor(self.count)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         r"""Restores what :meth:`state_dict` returned."""
-        self.count = state_dict["count"]
-        for name, value in state_dict["values"].items():
-            self.values[name].copy_(value)
+        self.count = int(state_dict["count"])
+        for name, value in self.values.items():
+            value.copy_(state_dict[name])
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         r"""Returns the average in the form of the model's state."""
