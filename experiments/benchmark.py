@@ -72,8 +72,8 @@ BATCH_SIZE, K, LR, CLIP_NORM = 100, 8, 5e-4, 100.0
 
 def svi_step(vae: VAE) -> Callable[[Tensor], object]:
     optim = TorchOptim(torch.optim.Adam(vae.parameters(), lr=LR), CLIP_NORM)
-    svi = pyro.infer.SVI(per_datum(vae.model), per_datum(vae.guide), optim, loss=Timestep_ELBO(k=K))
-    return svi.step
+    programs = per_datum(vae.model), per_datum(vae.guide)
+    return pyro.infer.SVI(*programs, optim, loss=Timestep_ELBO(k=K)).step
 
 
 def step_by_hand(vae: VAE) -> Callable[[Tensor], object]:

@@ -11,17 +11,17 @@ from types import SimpleNamespace
 import pyro
 import pytest
 import torch
+from estimators import BASELINE, ENTRIES, SERIOUS
+from estimators import entries as entries_module
+from estimators.counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
+from estimators.page import markdown_table, significant
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import integrate
 from unbiased import draws as replicas
 
 from pyro_vaediff import Timestep_ELBO
 from pyro_vaediff.bench import (
-    BASELINE,
-    ENTRIES,
-    SERIOUS,
     Entry,
-    Oracle,
     add_merits,
     count_evaluations,
     draw,
@@ -29,8 +29,6 @@ from pyro_vaediff.bench import (
     exact_reference,
     exhaustive_reference,
     gradient_noise_by_timestep,
-    linear_gaussian_vae,
-    markdown_table,
     measure,
     measure_costs,
     minibatch_noise,
@@ -39,15 +37,13 @@ from pyro_vaediff.bench import (
     rms_error,
     step_times,
     timestep_entry,
+    whole_step,
 )
 from pyro_vaediff.bench import cost as cost_module
-from pyro_vaediff.bench import entries as entries_module
 from pyro_vaediff.bench import harness as harness_module
-from pyro_vaediff.bench.cost import svi_step
-from pyro_vaediff.bench.counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
-from pyro_vaediff.bench.page import significant
 from pyro_vaediff.evaluate import importance_weighted_bound
-from pyro_vaediff.infer import Importance, Proposal, Uniform
+from pyro_vaediff.infer import ImportanceTimesteps, Proposal, Reweighted, UniformTimesteps
+from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
 
@@ -198,7 +194,7 @@ def squares_by_hand(vae, datum, t, given, num_draws):
     oracle = Oracle(vae, datum[None])
     alpha_bar = torch.cumprod(1 - vae.prior.schedule.betas, 0).detach()
     beta, alpha, ab, ab_s = oracle.beta[t], 1 - oracle.beta[t], alpha_bar[t], alpha_bar[t - 1]
-    net = vae.prior.denoiser
+    net = vae.prior.denoiser.backbone.net
     encoder = [vae.encoder.weight[0], vae.encoder.bias[0], vae.encoder.log_scale[0]]
     denoiser = [net.weight[0, t], net.bias[0, t]]
     copies = [
@@ -247,19 +243,19 @@ class Fixed(Proposal):
         super().__init__()
         self.probs = probs
 
-    def forward(self, prior, conditioning, first):
+    def forward(self, prior, conditioning):
         return self.probs
 
 
 def test_timesteps_in_proportion_to_the_noise_minimize_the_variance(vae, x):
     pyro.enable_validation(False)
     x = x[:1]
-    vae.prior.denoiser.bias.data[0, 3] += 2.0  # a timestep that is noisier than the others
+    vae.prior.denoiser.backbone.net.bias.data[0, 3] += 2.0  # noisier than the others
     rms = gradient_noise_by_timestep(vae, x, [2, 3, 4], draws=250)["prior"]
     proposals = {
         "optimal": rms / rms.sum(),
-        "uniform": Uniform()(vae.prior, "z_0", 2),
-        "importance": Importance()(vae.prior, "z_0", 2),
+        "uniform": UniformTimesteps()(vae.prior, "z_0"),
+        "importance": ImportanceTimesteps()(vae.prior, "z_0"),
     }
     moments = {}
     for name, probs in proposals.items():
@@ -270,9 +266,9 @@ def test_timesteps_in_proportion_to_the_noise_minimize_the_variance(vae, x):
         columns = dict(
             zip(["value", *dict(vae.named_parameters())], estimates.split(sizes, -1), strict=True)
         )
-        net = vae.prior.denoiser
+        net = vae.prior.denoiser.backbone.net
         squares = sum(
-            columns[f"prior.denoiser.{key}"]
+            columns[f"prior.denoiser.backbone.net.{key}"]
             .unflatten(-1, getattr(net, key).shape[1:])[:, 2:]
             .flatten(1)
             .square()
@@ -310,7 +306,7 @@ PARTICLES = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting
         (lambda: Timestep_ELBO(k=8, antithetic=False), 1, 1, 9),
         (lambda: Timestep_ELBO(k=4, conditioning="x"), 1, 1, 5),
         (lambda: Timestep_ELBO("all", chunk_size=2), 1, 1, 6),
-        (lambda: Timestep_ELBO(k=4, weighting="simple"), 1, 1, 5),
+        (lambda: Reweighted(Timestep_ELBO(k=4), "simple"), 1, 1, 5),
         (lambda: Timestep_ELBO(k=4, num_particles=3), 3, 3, 15),
         (lambda: Timestep_ELBO(k=4, **PARTICLES), 1, 3, 15),
         (Trace_ELBO, 1, 1, 6),
@@ -486,7 +482,7 @@ def test_slow_steps_are_timed_once(vae, x, monkeypatch):
 @pytest.mark.parametrize("name", [BASELINE, "Trace_ELBO"])
 def test_the_state_of_the_optimizer_is_not_memory_of_a_step(device, name):
     vae, images = image_vae(device)
-    step = svi_step(ENTRIES[name].make(), vae, images)
+    step = whole_step(ENTRIES[name].make(), vae, images)
     first, *later = (peak_memory(step, device) for _ in range(3))
     # The parameters are 0.4 MB, the states twice that.
     assert sum(4 * p.numel() for p in vae.parameters()) > 400_000
@@ -661,14 +657,15 @@ def test_proposals_that_learn_have_learned_before_they_are_measured(bench):
     entry = dataclasses.replace(ENTRIES["loss-aware k=8 | z_0"], make=make)
     measure(entry, vae, x, reference, draws=2, min_draws=2)
     (elbo,) = made
-    fresh = ENTRIES["loss-aware k=8 | z_0"].make().proposal(vae.prior, "z_0", 2)
-    assert (elbo.proposal(vae.prior, "z_0", 2) / fresh - 1).abs().max() > 0.05
+    fresh = ENTRIES["loss-aware k=8 | z_0"].make().proposal(vae.prior, "z_0")
+    assert (elbo.proposal(vae.prior, "z_0") / fresh - 1).abs().max() > 0.05
 
 
 def describe(elbo):
     r"""Returns the options of an estimator, in the form of a name."""
     collapse = elbo.collapse
-    proposal = type(elbo.proposal).__name__ if elbo.proposal is not None else "all"
+    proposal = "all" if elbo.proposal is None else type(elbo.proposal).__name__
+    proposal = proposal.removesuffix("Timesteps")
     words = re.sub("(?<=[a-z])(?=[A-Z])", "-", proposal).lower()
     words += " LD" if collapse.low_discrepancy else ""
     words += f" k={collapse.k}" if elbo.proposal is not None else ""
@@ -689,7 +686,7 @@ def test_names_are_unique_and_describe_the_options():
         assert entry.name == name
         if isinstance(elbo, Timestep_ELBO) and not entry.counterexample:
             assert describe(elbo) == name
-            assert elbo.weighting.is_bound and not entry.unrolled
+            assert not entry.unrolled
             assert elbo.vectorize_particles == (elbo.num_particles > 1)
         assert entry.unrolled == (not isinstance(elbo, Timestep_ELBO))
         if isinstance(elbo, TraceMeanField_ELBO):
@@ -735,7 +732,7 @@ def test_mean_field_bias(device, order, reverse_variance, T, chunk_size):
 
 
 class Squares(torch.nn.Module):
-    def forward(self, z, t):
+    def forward(self, z, log_snr):
         return 0.3 * z.square()
 
 
@@ -745,7 +742,7 @@ def test_mean_field_bias_of_a_denoiser_that_is_not_linear(device, order):
     r"""Then the covariances depend on where z_t is. The bias is that of what Pyro's ELBO says."""
     pyro.enable_validation(False)
     vae = linear_gaussian_vae(4, parameterization="mu").to(device)
-    vae.prior.denoiser = Squares()
+    vae.prior.denoiser.backbone = Squares()
     vae.encoder.bias.data += 1.0
     x = 0.5 * torch.randn(2000, 3, dtype=torch.float64, device=device)
     wrong = draw_values(ENTRIES[f"TraceMeanField_ELBO, {order}"], vae, x, draws=40)
@@ -891,7 +888,7 @@ def test_merits_are_ratios_of_variance_times_time():
         record("mixed", 0.5, 1.0, prior_variance=30.0),
         record("exact", 0.0, 100.0),
     ]
-    add_merits(records)
+    add_merits(records, BASELINE)
     merits = [[r[f"{m}_merit"] for m in MODULES] for r in records]
     assert merits[0] == pytest.approx([2.0] * 3) and merits[1] == [1.0] * 3
     assert merits[2] == pytest.approx([0.4] * 3)
@@ -937,7 +934,7 @@ def test_markdown_table():
         ),
         record("tiny", bias=-0.001, encoder_variance=1234.5, prior_snr=0.0),
     ]
-    add_merits(records)
+    add_merits(records, BASELINE)
     lines = markdown_table(records, dict.fromkeys(MODULES, 0.25))
     rows = [cells(line) for line in lines]
     assert {len(row) for row in rows} == {15} and len(rows) == 2 + 3 + 1

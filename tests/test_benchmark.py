@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_vaediff.train.build import make_vae
-from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train import ModelConfig, make_vae
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "benchmark.py"
 

@@ -11,14 +11,14 @@ import re
 
 import pytest
 import torch
+from estimators import BASELINE, ENTRIES
+from estimators.page import significant
 from PIL import Image
 from scripts import EXPERIMENTS, call, script_errors
 
-from pyro_vaediff.bench import BASELINE, ENTRIES, Oracle, linear_gaussian_vae
-from pyro_vaediff.bench.page import significant
-from pyro_vaediff.files import load_checkpoint
-from pyro_vaediff.infer import Importance
-from pyro_vaediff.train.loop import load_vae
+from pyro_vaediff.infer import ImportanceTimesteps
+from pyro_vaediff.testing import Oracle, linear_gaussian_vae
+from pyro_vaediff.train import load_checkpoint, load_vae
 
 SCRIPT = EXPERIMENTS / "compare_estimators.py"
 MODULES = ("encoder", "decoder", "prior")
@@ -314,7 +314,7 @@ def test_the_optimal_proposal_is_interpolated(script, monkeypatch, device):
     args = script.parse_args(["--oracle", "--quick"])
     rows = script.measure_noise_by_timestep(vae, None, args)
     law = torch.arange(2, 51).double() ** -1.5
-    importance = Importance()(vae.prior, "z_0", 2)
+    importance = ImportanceTimesteps()(vae.prior, "z_0")
     assert 3 <= len(rows) < 10
     for row in rows:
         expected = (row["t"] ** -1.5 / law.sum()).item()

@@ -23,7 +23,7 @@ LAYERS = (
     {"infer", "data", "plotting"},
     {"sampling", "testing"},
     {"evaluate"},
-    {"train", "summary"},
+    {"train"},
     {"bench"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 import os
 
+import estimators.plots as module
 import numpy as np
 import pytest
 import torch
 from errors import one_line_value_error
-from PIL import Image
-
-from pyro_vaediff.plotting import (
-    estimators,
+from estimators.plots import (
     pareto_front,
     plot_convergence,
     plot_gradient_noise,
     plot_pareto,
     plot_training,
 )
+from PIL import Image
+
 from pyro_vaediff.plotting.style import BLACK, BLUE, ORANGE, VERMILLION
 
 GROUPS = ("sampled KL", "closed-form KL", "one timestep", "importance", "antithetic", "collapsed")
@@ -33,7 +33,7 @@ def drawn(monkeypatch):
 
     def draw(plot, *args, **kwargs):
         figures = []
-        monkeypatch.setattr(estimators, "save", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
         plot(*args, path="unused.png", **kwargs)
         (figure,) = figures
         figure.draw_without_rendering()

@@ -6,16 +6,8 @@ import math
 
 import pytest
 from errors import one_line_value_error
-
-from pyro_vaediff.summary import (
-    Statistic,
-    flatten,
-    markdown,
-    page,
-    statistic,
-    summarize,
-    with_all_keys,
-)
+from grid.summary import flatten, page, summarize, with_all_keys
+from study import Statistic, statistic
 
 ROWS = {"gaussian": "Gaussian", "flow": "flow", "diffusion": "diffusion"}
 
@@ -108,10 +100,6 @@ def test_the_summary_by_hand():
     assert summary["flow", "test_negative_elbo"] == (-5.0, "", 1)
     assert ("gaussian", "frechet.label") not in summary and ("flow", "seed") not in summary
     assert {type(row["mean"]) for row in summarize(records)} == {float}
-
-
-def test_markdown_escapes_bars():
-    assert markdown(["a"], [["b | c"]]) == ["| a |", "|---|", r"| b \| c |"]
 
 
 def test_the_page_by_hand():

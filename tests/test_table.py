@@ -108,7 +108,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def grid(script):
-    return module("grid")
+    return module("grid.cells")
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def fake(script, monkeypatch, tmp_path):
     r"""Puts a script in place of ``run.py``, and returns its path."""
     path = tmp_path / "fake.py"
     path.write_text(FAKE)
-    monkeypatch.setattr(module("grid_runs"), "RUN", path)
+    monkeypatch.setattr(module("grid.runs"), "RUN", path)
     return path
 
 
@@ -133,7 +133,7 @@ def background(fake):
     def start(*args, seconds=0.0):
         code = (
             f"import runpy, sys; sys.path.insert(0, {str(EXPERIMENTS)!r})\n"
-            f"import grid_runs; grid_runs.RUN = {str(fake)!r}\n"
+            f"import grid.runs; grid.runs.RUN = {str(fake)!r}\n"
             f"sys.argv = {[str(SCRIPT), *map(str, args), '--quiet']!r}\n"
             f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
         )
@@ -435,7 +435,7 @@ def test_a_grid_in_its_order(fake, script, small, tmp_path, capsys):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_threads_are_shared(fake, script, small, tmp_path, monkeypatch, capsys, jobs):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(module("grid_runs"), "num_cores", lambda: 6)
+    monkeypatch.setattr(module("grid.runs"), "num_cores", lambda: 6)
     script.main([str(small), "--out", str(tmp_path / "out"), "--quiet", "--jobs", str(jobs)])
     for path in tmp_path.glob("out/cells/*/*/starts"):
         assert path.read_text().split() == ["new", str(6 // jobs)]
