@@ -11,22 +11,9 @@ import pyro
 import torch
 
 from pyro_vaediff.arguments import exit_on_error
+from pyro_vaediff.train.main import choose_device, without_tf32
 
 __all__ = ["choose_device", "exit_on_error", "parse_device", "provenance", "without_tf32"]
-
-
-def without_tf32() -> None:
-    r"""Has GPUs compute in full float32."""
-    # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-
-def choose_device(name: str) -> torch.device:
-    r"""Returns the device of an option ``auto``, ``cpu`` or ``cuda``."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is available, use --device cpu or auto")
-    without_tf32()
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def parse_device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import operator
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,9 +81,10 @@ def exit_on_error(interrupted: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
+        process = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
         # Pyro appends the shapes of the trace to an error that is raised inside a program.
-        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
+        sys.exit(f"error: {process}{str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
         if interrupted is None:
             raise

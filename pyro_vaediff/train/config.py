@@ -1,145 +1,236 @@
-r"""Configurations of models and of their training, as checkpoints carry them."""
+r"""The configuration of a run, in dataclasses: one field per option, in one place.
+
+A field is an option of ``experiments/run.py``, a key of its TOML presets, its help and its check;
+see :mod:`~pyro_vaediff.train.options`.
+"""
+
+# ruff: noqa: RUF009
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from pathlib import Path
 
-from ..arguments import check_choice, check_seed, check_whole
+from ..arguments import as_shape, check_seed
+from ..data import DATASETS
+from ..denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
+from ..evaluate import EXTRACTORS
+from ..infer import ESTIMATORS, PROPOSALS, REWEIGHTINGS
+from ..likelihoods import LIKELIHOODS
+from ..nn import BACKBONES
+from ..priors import PRIORS
+from ..schedules import SCHEDULES
+from .options import check, choice, number, option, positive, whole
 
-__all__ = ["ModelConfig", "TrainConfig"]
+__all__ = [
+    "DENOISERS",
+    "DataConfig",
+    "EstimatorConfig",
+    "ModelConfig",
+    "ReportConfig",
+    "RunConfig",
+    "TrainConfig",
+]
+
+#: The denoisers by name: the backbones, and a residual one that is preconditioned.
+DENOISERS = (*BACKBONES, "preconditioned")
+DIFFUSION = {"prior": ("diffusion",)}  # who has a use for an option
+TIMESTEP, TERMS = {"estimator": ("timestep",)}, {"estimator": ("timestep", "trace-kl")}
+
+
+class Checked:
+    r"""A dataclass whose fields are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class DataConfig(Checked):
+    r"""Which images."""
+
+    dataset: str = option("digits", "the data set", choice(DATASETS, "data set"))
+    root: str = option("data", "where the data are, or go")
+    image_size: int | None = option(None, "resize and crop images to this many pixels", whole())
+    limit: int | None = option(None, "use at most this many images per split", whole())
+    groups: Path | None = option(
+        None,
+        "folder: a list 'FILE GROUP' whose groups, such as persons, are kept in one split each",
+        metavar="FILE",
+    )
+    no_download: bool = option(False, "never download data")
+    condition: str = option("none", "what the model is given", choice(("none", "labels")))
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
     r"""What determines the architecture of a VAE; a checkpoint carries it.
 
-    Arguments:
-        prior: The prior, a key of :data:`~pyro_vaediff.priors.PRIORS`.
-        latent_dim: The number of latent dimensions :math:`D`.
-        image_shape: The shape :math:`(C, H, W)` of an image.
-        levels: The number of values of a pixel.
-        likelihood: The likelihood, see :func:`~pyro_vaediff.likelihoods.make_likelihood`.
-        networks: ``"default"``, or ``"paper"`` for the networks of the paper's code.
-        width: The number of channels of the first convolution.
-        num_components: The number of components :math:`K` of a mixture prior or a VampPrior.
-        prior_width: The width of the hidden layers of a flow's or a diffusion prior's networks, or
-            ``None`` for that of their own.
-        denoiser: The network of a diffusion prior, a key of
-            :data:`~pyro_vaediff.train.build.DENOISERS`.
-        num_timesteps: The number of steps :math:`T` of a diffusion prior.
-        schedule: The variance schedule of a diffusion prior.
-        beta_min: The first of the thousand variances of the linear schedule.
-        beta_max: The last of the thousand variances of the linear schedule.
-        parameterization: What the denoiser of a diffusion prior predicts.
-        reverse_variance: The reverse variance of a diffusion prior.
+    Beside the options, it has the shape :math:`(C, H, W)` and the number of ``levels`` of the
+    images, and the number of classes of the labels that it is given, 0 for none.
     """
 
-    prior: str = "diffusion"
-    latent_dim: int = 16
+    prior: str = option("diffusion", "the prior", choice(PRIORS))
+    latent_dim: int = option(16, "latent dimensions D", whole())
     image_shape: Sequence[int] = (1, 8, 8)
     levels: int = 256
-    likelihood: str = "gaussian"
-    networks: str = "default"
-    width: int = 32
-    num_components: int = 500
-    prior_width: int | None = None
-    denoiser: str = "residual"
-    num_timesteps: int = 1000
-    schedule: str = "linear"
-    beta_min: float = 1e-4
-    beta_max: float = 0.02
-    parameterization: str = "eps"
-    reverse_variance: str = "beta"
+    likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
+    networks: str = option("default", "encoder and decoder", choice(("default", "paper")))
+    width: int = option(32, "channels of the first convolution", whole())
+    num_components: int = option(
+        500,
+        "components of a mixture, pseudo-inputs of a VampPrior",
+        whole(),
+        of={"prior": ("mixture", "vamp")},
+    )
+    prior_width: int | None = option(
+        None,
+        "hidden width of a flow or a denoiser (its own default)",
+        whole(),
+        of={"prior": ("flow", "diffusion")},
+    )
+    denoiser: str = option("residual", "network of the prior", choice(DENOISERS), of=DIFFUSION)
+    num_timesteps: int = option(1000, "T", whole(), of=DIFFUSION)
+    schedule: str = option("linear", "variances", choice(SCHEDULES), of=DIFFUSION)
+    beta_min: float = option(1e-4, "first of the linear schedule", of=DIFFUSION)
+    beta_max: float = option(0.02, "last of the linear schedule", of=DIFFUSION)
+    parameterization: str = option(
+        "eps", "what the network predicts", choice(PARAMETERIZATIONS), of=DIFFUSION
+    )
+    reverse_variance: str = option(
+        "beta", "variance of a reverse step", choice(REVERSE_VARIANCES), of=DIFFUSION
+    )
+    num_classes: int = 0
 
     def __post_init__(self) -> None:
-        # All of them, also those that this prior has no use for. Names are checked where they are
-        # looked up, by `pyro_vaediff.train.build`.
-        for name in ("latent_dim", "width", "num_components", "prior_width", "num_timesteps"):
-            if name != "prior_width" or self.prior_width is not None:
-                check_whole(name, getattr(self, name))
+        super().__post_init__()
         if len(self.image_shape) != 3:
             raise ValueError(f"image_shape must be (C, H, W), got {tuple(self.image_shape)}")
-        for size in self.image_shape:
-            check_whole("each number in image_shape", size)
+        as_shape("image_shape", tuple(self.image_shape))
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    r"""The settings of a training run.
+class EstimatorConfig(Checked):
+    r"""How the bound is estimated in training."""
 
-    Arguments:
-        epochs: The number of passes over the training images in which all networks are trained.
-        gaussian_epochs: The number of these passes, from the first one on, in which
-            :math:`\mathcal{N}(0, I)` stands in for the prior.
-        prior_epochs: The number of passes after the ``epochs``, in which only the prior is trained.
-            Encoder and decoder stay as they are, and the decoder need not be evaluated.
-        batch_size: The number of images per step.
-        lr: The learning rate of Adam.
-        prior_lr: The learning rate of the prior's parameters, or ``None`` for that of the others.
-        prior_weight_decay: The decoupled weight decay of the prior's matrices, in units of the
-            learning rate; vectors, such as biases, are not decayed.
-        lr_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last step, and once more in the
-            passes that train only the prior).
-        warmup: The number of steps in which the learning rates rise linearly from zero.
-        clip_norm: The largest global norm of the gradient of the loss in nats per datum.
-        ema: The decay of an exponential moving average of the weights, which then is what is
-            evaluated and kept; 0 for none.
-        precision: ``"float32"``, ``"float64"``, or ``"bf16"`` for autocast of the convolutions.
-        seed: The seed of everything random.
-        max_steps: The number of steps after which training ends at the latest, if given.
-        max_seconds: The time after which training ends at the latest, if given, validation
-            included.
-        patience: The number of epochs without a better validation loss after which training ends.
-        validate_every: The number of epochs from one validation to the next.
+    estimator: str = option(
+        "timestep",
+        "timestep: from k timesteps per datum; trace: Pyro's Trace_ELBO, all T sites; trace-kl: "
+        "all T sites, closed-form KLs",
+        choice(ESTIMATORS),
+    )
+    timesteps: str = option(
+        "importance", "which timesteps", choice(("all", *PROPOSALS)), of=TIMESTEP
+    )
+    k: int = option(8, "timesteps per datum", whole(), of=TIMESTEP)
+    conditioning: str = option("z_0", "what the KLs are given", choice(("z_0", "x")), of=TIMESTEP)
+    no_antithetic: bool = option(False, "independent noise in place of mirrored pairs", of=TERMS)
+    entropy: str = option(
+        "path",
+        "of q(z_0 | x), path for its path derivative",
+        choice(("path", "exact")),
+        of=TERMS,
+    )
+    num_particles: int = option(1, "draws of z_0 per datum", whole())
+    weighting: str = option(
+        "elbo",
+        "what is trained with; elbo is the bound itself",
+        choice(("elbo", *REWEIGHTINGS)),
+        of=TERMS | DIFFUSION,
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(Checked):
+    r"""How a model is trained. The first budget that is spent ends the training.
+
+    Example:
+        >>> TrainConfig(epochs=10_000, max_steps=5000, patience=3).batch_size
+        100
     """
 
-    epochs: int = 100
-    gaussian_epochs: int = 0
-    prior_epochs: int = 0
-    batch_size: int = 100
-    lr: float = 5e-4
-    prior_lr: float | None = None
-    prior_weight_decay: float = 0.0
-    lr_schedule: str = "constant"
-    warmup: int = 0
-    clip_norm: float | None = 100.0
-    ema: float = 0.0
-    precision: str = "float32"
-    seed: int = 0
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    patience: int | None = None
-    validate_every: int = 1
+    epochs: int = option(100, "passes that train everything", whole(0))
+    gaussian_epochs: int = option(
+        0, "the first of these, in which N(0, I) stands in for the prior", whole(0)
+    )
+    prior_epochs: int = option(0, "passes after --epochs that train only the prior", whole(0))
+    batch_size: int = option(100, "images per step, of all processes together", whole())
+    lr: float = option(5e-4, "learning rate of Adam", positive)
+    prior_lr: float | None = option(None, "that of the prior, if another one", positive)
+    prior_weight_decay: float = option(
+        0.0,
+        "decoupled weight decay of the prior's matrices",
+        number("finite and at least 0", lambda x: 0 <= x < math.inf),
+    )
+    lr_schedule: str = option(
+        "constant", "of the rates, cosine to zero", choice(("constant", "cosine"))
+    )
+    warmup: int = option(0, "steps in which the rates rise", whole(0))
+    clip_norm: float | None = option(
+        100.0, "global gradient norm, per datum", number("positive", lambda x: x > 0)
+    )
+    ema: float = option(
+        0.0, "decay of a weight average, 0: none", number("in [0, 1)", lambda x: 0 <= x < 1)
+    )
+    precision: str = option(
+        "float32",
+        "of the networks, bf16 for autocast of the convolutions",
+        choice(("float32", "float64", "bf16")),
+    )
+    seed: int = option(0, "of everything random", lambda name, value: check_seed(value, name))
+    max_steps: int | None = option(None, "steps after which training ends", whole())
+    max_seconds: float | None = option(None, "seconds after which training ends", positive)
+    patience: int | None = option(
+        None, "epochs without a better validation loss before training ends", whole()
+    )
+    validate_every: int = option(1, "epochs from one validation to the next", whole())
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "patience", "validate_every"):
-            if (value := getattr(self, name)) is not None:
-                check_whole(name, value)
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be positive, got {self.max_seconds!r}")
-        for name in ("epochs", "batch_size", "lr", "prior_lr"):
-            value = getattr(self, name)
-            if name == "epochs" and value == 0 < self.prior_epochs:
-                continue
-            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
-                raise ValueError(f"{name} must be positive and finite, got {value!r}")
-        for name in ("epochs", "gaussian_epochs", "prior_epochs", "batch_size", "warmup"):
-            check_whole(name, getattr(self, name), least=0)
+        super().__post_init__()
+        if self.epochs == 0 and not self.prior_epochs:
+            raise ValueError("epochs must be positive, got 0")
         if self.gaussian_epochs > self.epochs:
             raise ValueError(
                 f"gaussian_epochs must be at most epochs={self.epochs}, got {self.gaussian_epochs}"
             )
-        check_seed(self.seed)
-        clip = self.clip_norm
-        if clip is not None and not (isinstance(clip, Real) and clip > 0):
-            raise ValueError(f"clip_norm must be positive, got {clip!r}")
-        decay = self.prior_weight_decay
-        if not (isinstance(decay, Real) and 0 <= decay < math.inf):
-            raise ValueError(f"prior_weight_decay must be finite and at least 0, got {decay!r}")
-        if not (isinstance(self.ema, Real) and 0 <= self.ema < 1):
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
-        check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine"))
-        check_choice("precision", self.precision, ("float32", "float64", "bf16"))
+
+
+@dataclass(frozen=True)
+class RunConfig(Checked):
+    r"""Where and how a run is run."""
+
+    init: Path | None = option(
+        None,
+        "start from the encoder and decoder of this run, and from its prior if of one kind",
+        metavar="RUN",
+    )
+    device: str = option("auto", "where to compute", choice(("auto", "cpu", "cuda")))
+    deterministic: bool = option(
+        False, "the same numbers whenever the run is repeated, also on a GPU (slower)"
+    )
+    out: Path | None = option(None, "run directory (runs/DATASET-PRIOR-sSEED)")
+    snapshots: tuple[int, ...] = option(
+        (), "epochs whose model is kept as epoch-N.pt, 0: its initialization", metavar="EPOCH"
+    )
+    resume: bool = option(False, "continue the run in --out")
+    validate: bool = option(False, "check every distribution (slow)")
+    quiet: bool = option(False, "no progress bars")
+
+
+@dataclass(frozen=True)
+class ReportConfig(Checked):
+    r"""What is evaluated after training."""
+
+    features: str = option(
+        "auto",
+        "of the Fréchet distance. inception is FID; auto is pixels for digits and inception "
+        "otherwise, if its weights can be had",
+        choice(("auto", "none", *EXTRACTORS)),
+    )
+    fid_weights: Path | None = option(None, "a local file of the Inception weights")
+    test_k: int = option(
+        0, "timesteps per test image of a diffusion prior; 0: all T of them", whole(0)
+    )
+    num_images: int = option(10_000, "images per side of the Fréchet distance, at most")

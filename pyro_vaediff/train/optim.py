@@ -172,6 +172,7 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], 
     joint, alone = (
         max(1, epochs * steps_per_epoch) for epochs in (config.epochs, config.prior_epochs)
     )
+    joint = min(joint, config.max_steps or joint)
 
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0

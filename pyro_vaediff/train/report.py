@@ -2,6 +2,8 @@ r"""What a run leaves to read: results, tables and pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,34 @@ from ..evaluate import (
     preprocess,
 )
 from ..files import write_csv, write_json
-from ..priors import DiffusionPrior
 from ..sampling import point, reconstruct, sample, trajectory
-from ..vae import VAE
+from ..vae import VAE, call
+from .splits import one_hot
 
 __all__ = ["readable_terms", "report"]
 
 
+class Missing:
+    r"""Collects what is not available for a model, and why."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    @contextmanager
+    def unless(self, name: str) -> Iterator[None]:
+        r"""Goes on if a number or a picture has no closed form, or asks for what a model lacks."""
+        try:
+            yield
+        except (NotImplementedError, AttributeError, ValueError, RuntimeError) as error:
+            self.reasons[name] = (str(error) or type(error).__name__).splitlines()[0]
+
+    def lines(self) -> list[str]:
+        return [f"not available for {name}: {reason}" for name, reason in self.reasons.items()]
+
+
 def report(
     vae: VAE,
-    data: ImageData,
+    data: ImageData | Tensor,
     history: list[dict[str, float]],
     out: str | Path,
     extractor: Extractor | None = None,
@@ -38,113 +58,172 @@ def report(
     seed: int = 0,
     progress: bool = False,
     extra: dict[str, Any] | None = None,
+    labels: bool = False,
 ) -> list[str]:
-    r"""Evaluates a trained VAE on test images and writes results, tables and pictures.
+    r"""Evaluates a trained VAE on test data and writes results, tables and pictures.
+
+    What a model has no closed form, mean or pixel space for is left out, and the results say so.
+    The numbers are written before any picture is drawn.
 
     Arguments:
         vae: The VAE, in eval mode.
-        data: The images.
+        data: The images, or test data in x-space with shape :math:`(N, \dots)`.
         history: The records of the training epochs.
         out: The run directory.
         extractor: The features of the Fréchet distance, if it is wanted.
-        elbo: The estimator of the test images' negative ELBO, see
-            :func:`~pyro_vaediff.evaluate.elbo.evaluate`.
+        elbo: The estimator of the test data's negative ELBO, see
+            :func:`~pyro_vaediff.evaluate.evaluate`.
         num_images: The number of images on each side of the Fréchet distance, at most.
         seed: The seed of everything that is sampled.
         progress: Whether to show progress bars.
         extra: More entries for ``results.json``.
+        labels: Whether the labels of the images are the context, one-hot.
 
     Returns:
         Lines that say what was found, and where it is.
     """
-    out = Path(out)
+    out, missing = Path(out), Missing()
     torch.manual_seed(seed)
-    terms = readable_terms(vae, evaluate(vae, data.test, elbo, progress=progress))
+    test = data.test if isinstance(data, ImageData) else data
+    c = one_hot(data.test_labels, data.num_classes) if labels else None
+    terms = readable_terms(vae, evaluate(vae, test, elbo, c=c, progress=progress))
+    validated = [record for record in history if "validation" in record]
     loss = sum(terms.values())
-    width = 0.0 if vae.space is None else vae.space.log_bin_width
     results: dict[str, Any] = {
-        "test_images": len(data.test),
+        "test_images": len(test),
         "test_negative_elbo": loss,
-        "test_bits_per_dim": bits_per_dim(loss, data.image_shape, width),
         "terms": terms,
-        "best_epoch": 1 + min(range(len(history)), key=lambda i: history[i]["validation"]),
     }
+    if validated:
+        best = min(validated, key=lambda record: record["validation"])
+        results["best_epoch"] = int(best["epoch"])
+    summary = f"test -ELBO {loss:.2f} nats per datum"
+    with missing.unless("bits/dim"):
+        width = pixel_space(vae).log_bin_width
+        bits = results["test_bits_per_dim"] = bits_per_dim(loss, test.shape[1:], width)
+        summary += f", {bits:.3f} bits/dim{' (of the dequantized density)' if width else ''}"
     lines = [
-        f"test -ELBO {loss:.2f} nats per datum, {results['test_bits_per_dim']:.3f} bits/dim"
-        f"{' (of the dequantized density)' if width else ''}, on {len(data.test)} images",
+        f"{summary}, on {len(test)} images",
         *(f"    {value:9.2f}  {name}" for name, value in terms.items()),
     ]
     if extractor is not None:
-        results["frechet"] = frechet_distances(
-            vae, data, extractor, num_images, cache_dir=out.parent / "statistics", progress=progress
-        )
-        lines.append(
-            "{label}: samples {samples:.2f}, reconstructions {reconstructions:.2f} "
-            "({num_images} images on each side, reference: {reference})".format(
-                **results["frechet"]
+        with missing.unless("Fréchet distances"):
+            options = {"cache_dir": out.parent / "statistics", "progress": progress, "c": c}
+            found = frechet_distances(vae, data, extractor, num_images, **options)
+            results["frechet"] = found
+            lines.append(
+                "{label}: samples {samples:.2f}, reconstructions {reconstructions:.2f} "
+                "({num_images} images on each side, reference: {reference})".format(**found)
             )
-        )
-    results |= extra or {}
+    kl, x = None, preprocess(vae, test[:100])
+    if num_timesteps(vae) is not None:
+        with missing.unless("the KL by timestep"):
+            kl = kl_by_timestep(vae, x, None if c is None else c[: len(x)].to(x))
+            rows = [{"t": t, "nats": value} for t, value in enumerate(kl.tolist(), start=1)]
+            write_csv(out / "kl_by_timestep.csv", rows)
     write_csv(out / "terms.csv", [{"term": name, "nats": value} for name, value in terms.items()])
-    # Before the pictures: a run that has results is finished, whatever becomes of them.
-    write_json(out / "results.json", results)
-    plotting.plot_elbo_terms(terms, out / "terms.png", "Negative ELBO of the test images")
-    plotting.plot_history(history, out / "history.png")
-    missing = save_pictures(vae, data, out)
-    return [*lines, *missing, f"results, tables and pictures are in {out}"]
+    results |= extra or {}
+
+    def save() -> None:
+        not_available = {"not_available": missing.reasons} if missing.reasons else {}
+        write_json(out / "results.json", results | not_available)
+
+    save()
+    known = len(missing.reasons)
+    with missing.unless("terms.png"):
+        plotting.plot_elbo_terms(terms, out / "terms.png", "Negative ELBO of the test images")
+    with missing.unless("history.png"):
+        plotting.plot_history(validated, out / "history.png")
+    with missing.unless("kl_by_timestep.png"):
+        if kl is not None:
+            plotting.plot_kl_by_timestep(kl, out / "kl_by_timestep.png")
+    classes = data.num_classes if labels else None
+    save_pictures(vae, test, x, None if c is None else c[: len(x)].to(x), classes, out, missing)
+    if len(missing.reasons) > known:
+        save()
+    return [*lines, *missing.lines(), f"results, tables and pictures are in {out}"]
 
 
 def readable_terms(vae: VAE, terms: dict[str, float]) -> dict[str, float]:
-    r"""Names the terms of :func:`evaluate` by what they mean, in the order of the derivation."""
+    r"""Returns the terms of :func:`~pyro_vaediff.evaluate.evaluate` by what they mean, in the order
+    of the derivation; those of several priors keep their names.
+    """
+    T, terms = num_timesteps(vae), dict(terms)
     names = {"x": "-log p(x | z_0), reconstruction"}
-    if isinstance(vae.prior, DiffusionPrior):
-        T = vae.prior.num_timesteps
+    if T is not None:
         names |= {
             "-H[z_0]": "log q(z_0 | x), negative entropy",
             f"z_{T}": "KL(q(z_T | z_0) || p(z_T))",
             "z_s": "KL of the steps t = 2..T",
             "z_0": "-log p(z_0 | z_1), the step t = 1",
         }
-        terms = dict(terms)
-        terms["z_s"] = terms.get("z_s", 0.0) + terms.pop("constant", 0.0)
+        if "z_s" in terms or "constant" in terms or "z_0" in terms:
+            terms["z_s"] = terms.get("z_s", 0.0) + terms.pop("constant", 0.0)
     elif "-H[z_0]" in terms:
         names |= {"-H[z_0]": "log q(z_0 | x), negative entropy", "z_0": "-log p(z_0)"}
     else:
         names |= {"z_0": "KL(q(z_0 | x) || p(z_0))"}
-    return {label: terms[name] for name, label in names.items() if name in terms}
+    known = {label: terms[name] for name, label in names.items() if name in terms}
+    return known | {name: value for name, value in terms.items() if name not in names}
+
+
+def num_timesteps(vae: VAE) -> int | None:
+    r"""Returns the length of the prior's chain, or ``None`` if it has none."""
+    return getattr(vae.prior, "num_timesteps", None)
+
+
+def pixel_space(vae: VAE) -> Any:
+    if vae.space is None:
+        raise ValueError("vae.space is None, data are no 8-bit images")
+    return vae.space
 
 
 @torch.no_grad()
-def save_pictures(vae: VAE, data: ImageData, out: Path) -> list[str]:
-    r"""Writes the pictures that a model is judged by at a glance, and returns what is missing."""
-    parameter, missing = next(vae.parameters()), []
+def save_pictures(
+    vae: VAE,
+    test: Tensor,
+    x: Tensor,
+    c: Tensor | None,
+    classes: int | None,
+    out: Path,
+    missing: Missing,
+) -> None:
+    r"""Writes the pictures that a model is judged by at a glance; samples by class, if it has any.
 
-    def decode(z_0: Tensor) -> Tensor:
-        return to_unit(vae, point(vae.decoder(z_0)))
+    Arguments:
+        vae: The VAE.
+        test: The test images.
+        x: The first of them in x-space.
+        c: Their context.
+        classes: The number of classes, if the context is the class: samples are in rows by class.
+        out: The run directory.
+        missing: Where to note what is not available.
+    """
+    with missing.unless("pictures"):
+        space = pixel_space(vae)
 
-    plotting.save_image_grid(decode(sample(vae.prior, 64)), out / "samples.png", columns=8)
-    images = data.test[:100].to(parameter.device)
-    x = preprocess(vae, images)
-    plotting.save_reconstructions(
-        images[:16].double() / (data.levels - 1),
-        to_unit(vae, reconstruct(vae, x[:16])),
-        out / "reconstructions.png",
-    )
-    if isinstance(vae.prior, DiffusionPrior):
-        times, z = trajectory(vae.prior, num_samples=6, num_frames=9)
-        frames, labels = decode(z).transpose(0, 1), [f"t = {t}" for t in times.tolist()]
-        plotting.save_strip(frames, out / "denoising.png", labels)
-        try:
-            kl = kl_by_timestep(vae, x)
-        except ValueError as error:  # of a posterior that is no Gaussian
-            missing.append(f"kl_by_timestep is not available: {str(error).partition(chr(10))[0]}")
-        else:
-            plotting.plot_kl_by_timestep(kl, out / "kl_by_timestep.png")
-            rows = [{"t": t, "nats": value} for t, value in enumerate(kl.tolist(), start=1)]
-            write_csv(out / "kl_by_timestep.csv", rows)
-    return missing
+        def to_unit(z: Tensor, c: Tensor | None) -> Tensor:
+            return space.to_unit(point(call(vae.decoder, z, c)))
 
-
-def to_unit(vae: VAE, x: Tensor) -> Tensor:
-    r"""Returns images in [0, 1]; without a pixel space they are there already."""
-    return x.clamp(0, 1) if vae.space is None else vae.space.to_unit(x)
+        with missing.unless("samples.png"):
+            given = None
+            if classes is not None:  # a row of eight for each class
+                given = one_hot(torch.arange(classes).repeat_interleave(8), classes).to(x)
+            z = sample(vae.prior, 64 if given is None else len(given), given)
+            plotting.save_image_grid(to_unit(z, given), out / "samples.png", columns=8)
+        with missing.unless("reconstructions.png"):
+            few = None if c is None else c[:16]
+            plotting.save_reconstructions(
+                test[:16].to(x.device).double() / (space.levels - 1),
+                space.to_unit(reconstruct(vae, x[:16], few)),
+                out / "reconstructions.png",
+            )
+        if num_timesteps(vae) is None:
+            return
+        with missing.unless("denoising.png"):
+            given = None if c is None else c[:6]
+            count = 6 if given is None else len(given)
+            times, z = trajectory(vae.prior, num_samples=count, num_frames=9, c=given)
+            frames = torch.stack([to_unit(frame, given) for frame in z], dim=1)
+            labels = [f"t = {t}" for t in times.tolist()]
+            plotting.save_strip(frames, out / "denoising.png", labels)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro.infer
 import torch
-from torch import Tensor
 
 from ..data import ImageData, load
 from ..data.groups import list_name
@@ -208,27 +207,3 @@ def describe_elbo(elbo: pyro.infer.ELBO) -> dict[str, Any]:
             "low_discrepancy": elbo.collapse.low_discrepancy,
         }
     return settings
-
-
-def fitting_weights(vae: VAE, saved: Mapping[str, Tensor], path: str | Path) -> bool:
-    r"""Loads weights of another run, and those of its prior if it is of the same kind.
-
-    Arguments:
-        vae: The VAE, whose encoder and decoder must fit.
-        saved: The weights.
-        path: Where they are from, for the message.
-
-    Returns:
-        Whether the weights of the prior were loaded.
-    """
-    own = {name for name in vae.state_dict() if name.startswith("prior.")}
-    same = own == {name for name in saved if name.startswith("prior.")}
-    kept = {k: v for k, v in saved.items() if same or not k.startswith("prior.")}
-    try:
-        missing, _ = vae.load_state_dict(kept, strict=False)
-        if any(not name.startswith("prior.") for name in missing):
-            raise RuntimeError(f"it lacks {missing[0]}")
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot start from {path}: other networks ({reason})") from error
-    return same

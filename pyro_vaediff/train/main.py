@@ -1,0 +1,269 @@
+r"""Trains, evaluates and shows a variational autoencoder.
+
+    python experiments/run.py --prior diffusion
+
+trains on the 8x8 digits that come with scikit-learn, in a few minutes on two CPU cores; without a
+checkout, ``python -m pyro_vaediff`` is the same. Other data are downloaded (``--dataset cifar10``),
+or a folder of images of your own (``--dataset folder --root PATH``). Settings that are not given
+depend on the data set, and are printed.
+
+The run directory (``--out``) then holds
+
+    config.json             the settings
+    metrics.csv             the terms of the training loss and the validation loss, by epoch
+    checkpoint.pt, best.pt  the state of the run, and the best model by validation
+    epoch-N.pt              the model after N epochs, for each N in --snapshots
+    results.json            the test results: everything that was printed at the end
+    terms.csv               the negative ELBO of the test images, term by term
+    samples.png             samples of the prior, decoded; by class with --condition labels
+    reconstructions.png     test images and their reconstructions
+    denoising.png           z_T -> z_0, decoded on the way                     (diffusion prior)
+    kl_by_timestep.png      where in time the KL divergence is, also as a .csv (diffusion prior)
+    history.png, terms.png  the losses by epoch, and the terms of the ELBO as a stack
+
+A run that was stopped continues with ``--resume``, as if it had never stopped.
+
+    torchrun --nproc-per-node 2 experiments/run.py --prior diffusion
+
+trains in two processes, each of which computes its share of every batch, on a GPU of its own if
+there are GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import pyro
+import torch
+
+from ..data import ImageData, load
+from ..evaluate import Extractor, load_extractor, value_elbo
+from ..files import check_folder, write_json
+from ..infer import make_elbo, particle_options
+from . import distributed
+from .config import DataConfig, EstimatorConfig, ModelConfig, ReportConfig, RunConfig, TrainConfig
+from .loop import Trainer
+from .options import add_options, check_use, pick
+from .report import report
+from .runs import CHECKPOINT
+
+__all__ = ["DEFAULTS", "Config", "choose_device", "main", "parse_args", "without_tf32"]
+
+# What a setting is if it is not given. The paper's, where it has a say.
+DEFAULTS: dict[str, dict[str, object]] = {
+    "digits": {
+        "latent_dim": 16, "width": 32, "epochs": 60, "lr": 2e-3, "lr_schedule": "cosine",
+        "clip_norm": 100.0,
+    },
+    "mnist": {
+        "latent_dim": 40, "width": 32, "epochs": 50, "lr": 5e-4, "lr_schedule": "constant",
+        "clip_norm": 1000.0,
+    },
+    "cifar10": {
+        "latent_dim": 40, "width": 64, "epochs": 250, "lr": 5e-4, "lr_schedule": "constant",
+        "clip_norm": 1000.0,
+    },
+}  # fmt: skip
+DEFAULTS["fashion-mnist"] = DEFAULTS["mnist"]
+DEFAULTS["celeba"] = DEFAULTS["folder"] = DEFAULTS["cifar10"]
+
+PARTS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "estimator": EstimatorConfig,
+    "training": TrainConfig,
+    "run": RunConfig,
+    "metrics": ReportConfig,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    r"""The whole configuration of a run."""
+
+    data: DataConfig
+    model: ModelConfig
+    elbo: EstimatorConfig
+    train: TrainConfig
+    run: RunConfig
+    report: ReportConfig
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Config:
+        r"""Returns the configuration that the options of a command line are."""
+        return cls(*(pick(part, vars(args)) for part in PARTS.values()))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    r"""Returns the options of a command line by name, with the defaults of the data set.
+
+    Raises:
+        ValueError: If an option is not valid, or its prior or estimator has no use for it.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for title, part in PARTS.items():
+        add_options(parser.add_argument_group(title), part)
+    given = vars(parser.parse_args(argv))
+    values = {
+        field.name: field.default
+        for part in PARTS.values()
+        for field in dataclasses.fields(part)
+        if "help" in field.metadata
+    }
+    args = argparse.Namespace(**values | DEFAULTS.get(given.get("dataset", "digits"), {}) | given)
+    if args.out is None:
+        args.out = Path("runs") / f"{args.dataset}-{args.prior}-s{args.seed}"
+    Config.of(args)  # which checks them
+    for part in PARTS.values():
+        check_use(part, given, {"prior": args.prior, "estimator": args.estimator})
+    return args
+
+
+def without_tf32() -> None:
+    r"""Has GPUs compute in full float32."""
+    # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def choose_device(name: str) -> torch.device:
+    r"""Returns the device that ``--device`` means: ``"auto"``, ``"cpu"`` or ``"cuda"``."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available, use --device cpu or auto")
+    without_tf32()
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def make_deterministic() -> None:
+    r"""Lets torch choose algorithms that always return the same numbers, on a GPU as well."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def choose_extractor(config: Config, device: torch.device) -> Extractor | None:
+    r"""Returns the features of the Fréchet distance, if they are wanted and can be had."""
+    name = config.report.features
+    if name == "none":
+        return None
+    if name == "auto":
+        name = "pixels" if config.data.dataset == "digits" else "inception"
+    try:
+        return load_extractor(name, weights=config.report.fid_weights, device=device)
+    except RuntimeError as error:  # the weights cannot be downloaded
+        if config.report.features != "auto":
+            raise ValueError(f"--features {name}: {error}") from error
+        print(f"no FID will be computed: {error}")
+        return None
+
+
+def load_images(config: DataConfig) -> ImageData:
+    r"""Returns the images; what the first process downloads, the others find."""
+    with distributed.in_turns():
+        return load(
+            config.dataset,
+            config.root,
+            image_size=config.image_size,
+            download=not config.no_download,
+            limit=config.limit,
+            groups=config.groups,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    r"""Trains, evaluates and shows a VAE, as the options of a command line say."""
+    config = Config.of(parse_args(argv))
+    matplotlib.use("Agg")  # whatever a notebook has set
+    if config.run.deterministic:
+        make_deterministic()
+    with distributed.process_group(choose_device(config.run.device)) as device:
+        run(config, device)
+
+
+def run(config: Config, device: torch.device) -> None:
+    r"""Trains, and evaluates and shows in the main process, which alone prints and writes."""
+    main_process, out = distributed.is_main(), Path(config.run.out or "runs")
+    pyro.enable_validation(config.run.validate)  # a fifth of the time or more
+    torch.distributions.Distribution.set_default_validate_args(config.run.validate)
+
+    check_folder("--out", out)
+    if main_process and not config.run.resume and (out / CHECKPOINT).exists():
+        raise ValueError(
+            f"--out {out} holds a run already: continue it with --resume, or choose another"
+        )
+    data = load_images(config.data)
+    extractor = choose_extractor(config, device) if main_process else None
+    num_images = config.report.num_images
+    if extractor is not None and min(num_images, len(data.test)) < 2:
+        raise ValueError(
+            f"a Fréchet distance needs at least 2 images, got --num-images {num_images} and "
+            f"{len(data.test)} test images: use --features none"
+        )
+    labels = config.data.condition == "labels"
+    if labels and data.num_classes is None:
+        raise ValueError(f"condition='labels': {data.name} has no labels, leave it out")
+    model = dataclasses.replace(
+        config.model,
+        image_shape=data.image_shape,
+        levels=data.levels,
+        num_classes=data.num_classes if labels else 0,
+    )
+    options = asdict(config.elbo)
+    name, antithetic = options.pop("estimator"), not options.pop("no_antithetic")
+    options |= {"antithetic": antithetic}
+    elbo = make_elbo(name, **options | particle_options(config.elbo.num_particles))
+    trainer = Trainer.from_config(
+        model,
+        config.train,
+        elbo,
+        data,
+        device,
+        out,
+        config.run.snapshots,
+        config.run.init,
+        labels=labels,
+    )
+    if config.run.resume:
+        trainer.resume()
+
+    settings = asdict(model) | asdict(config.train) | {"estimator": name} | options
+    settings |= {"dataset": config.data.dataset, "groups": data.groups}
+    settings |= {"device": str(device), "processes": distributed.size()}
+    settings |= {"deterministic": config.run.deterministic, "torch": torch.__version__}
+    counts = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in trainer.vae.named_children()
+    }
+    if main_process:
+        sizes = {name: len(getattr(data, name)) for name in ("train", "validation", "test")}
+        write_json(out / "config.json", settings)
+        print(", ".join(f"{name} {value}" for name, value in settings.items()))
+        print("images: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+        print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+    start = time.perf_counter()
+    vae = trainer.fit(progress=not config.run.quiet)
+    seconds = time.perf_counter() - start
+    if not main_process:
+        return
+    lines = report(
+        vae,
+        data,
+        trainer.history,
+        out,
+        extractor,
+        elbo=value_elbo(config.report.test_k) if config.report.test_k else None,
+        num_images=num_images,
+        seed=config.train.seed,
+        progress=not config.run.quiet,
+        extra={"training_seconds": seconds, "parameters": counts},
+        labels=labels,
+    )
+    print("\n".join(lines))

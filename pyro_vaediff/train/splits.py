@@ -1,0 +1,114 @@
+r"""The data of a training run: a training and a validation split, with or without a context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import ImageData, batches
+from . import distributed
+
+__all__ = ["Split", "Splits", "one_hot"]
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    r"""Returns labels as the context of a model, with shape :math:`(N, F)` for :math:`F` classes.
+
+    Arguments:
+        labels: The labels, integers with shape :math:`(N,)`.
+        num_classes: The number of classes :math:`F`.
+    """
+    return F.one_hot(labels.long(), num_classes).to(torch.get_default_dtype())
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    r"""Data and their context.
+
+    Arguments:
+        x: Images in ``uint8``, or data in x-space, with shape :math:`(N, \dots)`.
+        c: The context, with shape :math:`(N, F)`, or ``None``.
+    """
+
+    x: Tensor
+    c: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def minibatches(
+        self,
+        batch_size: int,
+        device: torch.device,
+        flip: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        r"""Yields this process's parts of shuffled minibatches, and of their context."""
+        loader = batches(
+            self.x,
+            batch_size,
+            shuffle=True,
+            generator=generator,
+            device=device,
+            drop_last=True,
+            flip=flip,
+            rank=distributed.rank(),
+            size=distributed.size(),
+            labels=self.c,
+        )
+        return ((x, None) for x in loader) if self.c is None else loader
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    r"""The splits that a model is trained and selected with.
+
+    Arguments:
+        train: The training split.
+        validation: The validation split.
+        name: The name of the data set, if :func:`~pyro_vaediff.data.load` can load it.
+        flip: Whether training flips images at random.
+        groups: What the splits keep apart, see :class:`~pyro_vaediff.data.ImageData`.
+    """
+
+    train: Split
+    validation: Split
+    name: str | None = None
+    flip: bool = False
+    groups: str | None = None
+
+    @classmethod
+    def of(cls, data: Any, labels: bool = False) -> Splits:
+        r"""Returns the splits of images, or of two tensors or pairs of a tensor and its context."""
+        if labels and getattr(data, "num_classes", None) is None:
+            raise ValueError("labels=True needs ImageData with labels, such as the digits")
+        if isinstance(data, ImageData):
+            pair = [
+                Split(
+                    getattr(data, name),
+                    one_hot(getattr(data, f"{name}_labels"), data.num_classes) if labels else None,
+                )
+                for name in ("train", "validation")
+            ]
+            return cls(*pair, data.name, data.horizontal_flip, data.groups)
+        try:
+            train, validation = data
+            pair = [
+                Split(part) if isinstance(part, Tensor) else Split(*part)
+                for part in (train, validation)
+            ]
+            if any(
+                len(part) == 0 or (part.c is not None and len(part.c) != len(part)) for part in pair
+            ):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(
+                "data must be ImageData, or a training and a validation split, each a tensor with "
+                f"shape (N, ...) or a pair (x, c) of such, got {type(data).__name__}"
+            ) from None
+        return cls(*pair)
