@@ -622,7 +622,10 @@ SCRIPTS = {
         ("--k 0", "k must be a whole number >= 1, got 0"),
         ("--num-particles 0", "num_particles must be a whole number >= 1, got 0"),
         ("--estimator iwae", "unknown estimator 'iwae': choose one of timestep, trace, .*"),
-        ("--weighting simple --conditioning x", "the weightings 'simple' and 'paper' are defined for .*"),
+        (
+            "--weighting simple --conditioning x",
+            "the weightings 'simple' and 'paper' are defined for .*",
+        ),
         ("--snapshots -1", "each of snapshots must be a whole number >= 0, got -1"),
         ("--snapshots 9", "each of snapshots must be at most the number of epochs, 1, got 9"),
         ("--test-k -1", "--test-k must be a whole number >= 0, got -1"),

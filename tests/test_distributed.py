@@ -35,7 +35,7 @@ from pyro_vaediff.train import distributed, load_checkpoint, loop
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
 from pyro_vaediff.train.loop import NonFiniteError, Trainer
-from pyro_vaediff.train.optim import TorchOptim, per_datum, make_svi
+from pyro_vaediff.train.optim import TorchOptim, make_svi, per_datum
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 

@@ -17,7 +17,7 @@ from pyro_vaediff.infer import PROPOSALS, Timestep_ELBO
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.train.optim import TorchOptim, per_datum, make_svi
+from pyro_vaediff.train.optim import TorchOptim, make_svi, per_datum
 
 TINY = {"latent_dim": 1, "levels": 17, "width": 1, "num_components": 2, "prior_width": 2}
 
@@ -40,7 +40,10 @@ def make_step(prior, timesteps="importance"):
     vae = make_vae(ModelConfig(prior, num_timesteps=5, **TINY))
     optim = TorchOptim(torch.optim.Adam(vae.parameters(), lr=1e-3))
     elbo = Timestep_ELBO(timesteps, k=2)
-    svi, x = make_svi(per_datum(vae.model), per_datum(vae.guide), optim, elbo), torch.rand(2, 1, 8, 8)
+    svi, x = (
+        make_svi(per_datum(vae.model), per_datum(vae.guide), optim, elbo),
+        torch.rand(2, 1, 8, 8),
+    )
     return lambda: svi.step(x)
 
 

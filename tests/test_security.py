@@ -20,12 +20,11 @@ from pyro_vaediff.data import load
 from pyro_vaediff.evaluate import FeatureStatistics, load_extractor, reference_statistics
 from pyro_vaediff.evaluate.features import Extractor
 from pyro_vaediff.files import read_json
-from pyro_vaediff.train.runs import FORMAT
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.train import load_checkpoint, save_checkpoint
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
 from pyro_vaediff.train.loop import Trainer
-from pyro_vaediff.train.runs import load_data, load_vae
+from pyro_vaediff.train.runs import FORMAT, load_data, load_vae
 
 ROOT = Path(pyro_vaediff.__file__).parent
 

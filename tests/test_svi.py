@@ -11,8 +11,8 @@ from errors import one_line_value_error
 from pyro.infer import Trace_ELBO
 
 from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO
-from pyro_vaediff.testing import linear_gaussian_vae
 from pyro_vaediff.infer import elbo_terms
+from pyro_vaediff.testing import linear_gaussian_vae
 from pyro_vaediff.train.optim import TorchOptim, make_svi, per_datum
 
 # --- The optimizer --------------------------------------------------------------------------------
