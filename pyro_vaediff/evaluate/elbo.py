@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..arguments import check_seed, check_whole
-from ..infer import Timestep_ELBO, elbo_terms
+from ..infer import Reweighted, Timestep_ELBO, elbo_terms
 from ..infer.terms import differentiable_terms
 from ..likelihoods import check_range
 from ..vae import VAE
@@ -77,6 +77,8 @@ def evaluate(
         ValueError: If there are no data, or an argument is out of range.
     """
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
+    if isinstance(elbo, Reweighted):
+        raise ValueError(f"elbo must estimate the bound, got a Reweighted ({elbo.name}): use elbo.elbo")
     if not isinstance(elbo, pyro.infer.ELBO):
         raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
     totals: dict[str, Tensor] = {}

@@ -8,13 +8,13 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from .timestep_elbo import Timestep_ELBO
-from .trace_kl_elbo import TermsELBO, TraceKL_ELBO, per_datum
+from .trace_kl_elbo import TermsELBO, per_datum
 
 __all__ = ["differentiable_terms", "elbo_terms"]
 
 
 def elbo_terms(
-    model: Callable, guide: Callable, *args, elbo: TraceKL_ELBO | None = None, **kwargs
+    model: Callable, guide: Callable, *args, elbo: TermsELBO | None = None, **kwargs
 ) -> dict[str, Tensor]:
     r"""Returns the terms of the negative ELBO, one value per datum, in nats.
 
@@ -49,7 +49,7 @@ def elbo_terms(
         ValueError: If the estimator has vectorized particles, or no terms.
     """
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
-    if not isinstance(elbo, TraceKL_ELBO):
+    if not isinstance(elbo, TermsELBO):
         raise ValueError(f"elbo must be a TraceKL_ELBO or Timestep_ELBO, got {type(elbo).__name__}")
     if elbo.vectorize_particles:
         raise ValueError("elbo must not vectorize its particles: their terms cannot be told apart")
