@@ -186,7 +186,7 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], 
 
 
 class WeightAverage:
-    r"""An exponential moving average of a model's weights and buffers.
+    r"""An exponential moving average of a model's state: its weights and its statistics.
 
     Arguments:
         model: The model.
@@ -195,18 +195,15 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.count = decay, 0
-        self.values = {name: x.detach().clone() for name, x in self.tensors(model)}
-
-    @staticmethod
-    def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-        return [*model.named_parameters(), *model.named_buffers()]
+        # Without the tables of a schedule, which are no state: they are constants, some infinite.
+        self.values = {name: x.clone() for name, x in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         r"""Moves the average towards a model; the first update copies it."""
         weight = 1 - self.decay if self.count else 1.0
         ours, theirs = [], []
-        for name, x in self.tensors(model):
+        for name, x in model.state_dict().items():
             if x.is_floating_point():
                 ours.append(self.values[name])
                 theirs.append(x)
@@ -224,7 +221,3 @@ class WeightAverage:
         self.count = int(state_dict["count"])
         for name, value in self.values.items():
             value.copy_(state_dict[name])
-
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        r"""Returns the average in the form of the model's state."""
-        return {name: self.values.get(name, x) for name, x in model.state_dict().items()}

@@ -72,7 +72,7 @@ class SavedRun:
         r"""Returns a copy of the weights that are evaluated and kept."""
         state = self.vae.state_dict()
         if self.average is not None:
-            state = self.average.weights(self.vae)
+            state = self.average.values
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def count_epochs(self) -> int:
