@@ -17,6 +17,7 @@ from pyro_vaediff import (
     FlowPrior,
     GaussianPrior,
     MixturePrior,
+    Reweighted,
     Timestep_ELBO,
     TraceKL_ELBO,
     VampPrior,

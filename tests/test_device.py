@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO
+from pyro_vaediff import Reweighted, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
