@@ -1,6 +1,7 @@
 r"""Folders of images: the splits, the pixels of every mode, and what cannot be used."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,3 +420,21 @@ def test_sizes_that_must_be_asked_for(tmp_path, width, height):
     with pytest.raises(ValueError, match=f"{width}x{height} pixels: .*--image-size"):
         load("folder", tmp_path)
     assert load("folder", tmp_path, image_size=32).image_shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("train", "dev"),
+        ("train", "eval"),
+        ("train", "tests"),
+        ("train_images", "test_images"),
+        ("images/TrainSet", "images/TestSet"),
+    ],
+)
+def test_names_that_are_only_like_splits_are_refused(tmp_path, train, test):
+    write_folder(tmp_path / train, 20)
+    write_folder(tmp_path / test, 5, start=20)
+    names = f"{Path(test).name}, {Path(train).name}"
+    with one_line_value_error(f"subfolders ({names}|{', '.join(names.split(', ')[::-1])}): rename"):
+        load("folder", tmp_path)

@@ -2,7 +2,8 @@ r"""Folders of images: their splits and their classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# What they may be called, too, but then nobody knows which split is meant.
+LIKE_SPLITS = {*SPLITS, "dev", "eval", "evaluation", "heldout", "holdout", "validate"}
 
 
 def folder(
@@ -93,13 +96,20 @@ def given_splits(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
     r"""Returns the images of each split that subfolders name, or all of them as ``"all"``.
 
     Raises:
-        ValueError: If there are subfolders for some of the splits only, or images in none of them.
+        ValueError: If there are subfolders for some of the splits only, or with names that are only
+            like those of splits, or images in none of them.
     """
     names = {path.name for path in root.iterdir() if path.name.lower() in SPLITS and path.is_dir()}
     split_of = [split_folder(path, root) for path in paths]
     names.update(name for name in split_of if name)
     splits = [SPLITS[name.lower()] for name in names]
     if len(names) < 2:  # one alone may be a class: trains, say
+        alike = names | {name for path in paths if (name := split_folder(path, root, like_split))}
+        if len(alike) > 1:
+            raise ValueError(
+                f"root={str(root)!r} has the subfolders {', '.join(sorted(alike))}: rename them to "
+                "train, val and test if they are splits, or else so that none is called like one"
+            )
         return {"all": list(paths)}
     if len(splits) > len(set(splits)) or not {"train", "test"} <= set(splits):
         raise ValueError(
@@ -117,10 +127,19 @@ def given_splits(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
     return pools
 
 
-def split_folder(path: Path, root: Path) -> str | None:
+def is_split(name: str) -> bool:
+    return name.lower() in SPLITS
+
+
+def like_split(name: str) -> bool:
+    r"""Returns whether a word of a name is that of a split: ``test_images``, ``TrainSet``."""
+    words = re.findall(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+", name)
+    return any(re.sub("(set)?s?$", "", word.lower()) in LIKE_SPLITS for word in words)
+
+
+def split_folder(path: Path, root: Path, named: Callable[[str], bool] = is_split) -> str | None:
     r"""Returns the outermost folder of an image that names a split, if there is one."""
-    folders = path.relative_to(root).parts[:-1]
-    return next((name for name in folders if name.lower() in SPLITS), None)
+    return next(filter(named, path.relative_to(root).parts[:-1]), None)
 
 
 def class_name(path: Path, root: Path, given: bool) -> str:

@@ -176,37 +176,3 @@ def _write_cache(path: Path, images: np.ndarray) -> None:
         write_atomically(path, lambda file: np.save(file, images, allow_pickle=False))
     except OSError as error:
         warnings.warn(f"could not cache the decoded images as {path} ({error})", stacklevel=2)
-
-
-def _torchvision(name: str, root: Path, **options: bool) -> Any:
-    r"""Opens a data set of torchvision, and says what to do if that fails for whatever reason."""
-    import torchvision.datasets
-
-    dataset, layout = TORCHVISION[name]
-    try:
-        return getattr(torchvision.datasets, dataset)(str(root), **options)
-    except Exception as error:
-        fetch = "read or download it" if options["download"] else "read it (download=False)"
-        gdown = ", or pip install gdown to download it" if name == "celeba" else ""
-        raise FileNotFoundError(
-            f"--dataset {name}: could not {fetch} "
-            f"({type(error).__name__}: {describe_error(error)}); "
-            f"put {layout} under {root.resolve()}{gdown}"
-        ) from error
-
-
-def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    # Mapped, so that a start is instant; copy-on-write, as a tensor must be writable.
-    try:
-        images = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
-
-
-def _write_cache(path: Path, images: np.ndarray) -> None:
-    # A read-only folder costs time, not the run.
-    try:
-        write_atomically(path, lambda file: np.save(file, images, allow_pickle=False))
-    except OSError as error:
-        warnings.warn(f"could not cache the decoded images as {path} ({error})", stacklevel=2)
