@@ -19,7 +19,7 @@ from pyro_vaediff.data import load
 from pyro_vaediff.diffusion import base_normal
 from pyro_vaediff.evaluate.elbo import evaluate, preprocess
 from pyro_vaediff.priors import PRIORS
-from pyro_vaediff.train import build, load_checkpoint, loop, save_checkpoint
+from pyro_vaediff.train import build, load_checkpoint, loop, save_checkpoint, saving
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
 from pyro_vaediff.train.loop import NonFiniteError, Trainer
@@ -145,7 +145,7 @@ def test_a_run_that_was_killed_while_saving_repeats_its_epoch(make_trainer, monk
 
     killed = make_trainer(3)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", kill)
+        patch.setattr(saving, "save_checkpoint", kill)
         with pytest.raises(SystemExit):
             killed.fit(progress=False)
     assert killed.best_epoch() == 2  # or its best.pt would not be written
@@ -362,7 +362,7 @@ def test_a_checkpoint_loads_with_weights_only(one_epoch):
 @pytest.mark.parametrize("prior", PRIORS)
 def test_training_reduces_the_validation_loss(make_trainer, data, prior):
     trainer = make_trainer(8, out=None, model={"prior": prior})
-    options = {"levels": data.levels, "elbo": Timestep_ELBO("all"), "seed": 5}
+    options = {"elbo": Timestep_ELBO("all"), "seed": 5}
     before = sum(evaluate(trainer.vae, data.validation, **options).values())
     best = trainer.fit(progress=False)
     after = sum(evaluate(best, data.validation, **options).values())
@@ -389,7 +389,7 @@ def test_validation_is_the_loss_of_the_validation_images(make_trainer, data):
     exact = sum(evaluate(trainer.vae, data.validation).values())
     # 32 timesteps of 10: the noise of the latents and of the pixels is shared only in part
     assert trainer.history[0]["validation"] == pytest.approx(exact, abs=2.0)
-    assert trainer.validate() == trainer.history[0]["validation"]
+    assert trainer.validate(1) == trainer.history[0]["validation"]
 
 
 def test_two_trainers_do_not_disturb_each_other(make_trainer):
@@ -428,7 +428,7 @@ def test_two_trainers_do_not_disturb_each_other(make_trainer):
 def test_the_global_parameter_store_is_left_alone(make_trainer, data):
     pyro.param("mine", torch.tensor(1.0))
     trainer = make_trainer(1, out=None)
-    evaluate(trainer.fit(progress=False), data.test, data.levels)
+    evaluate(trainer.fit(progress=False), data.test)
     assert list(pyro.get_param_store().keys()) == ["mine"]
 
 
@@ -459,12 +459,11 @@ def test_precision(make_trainer, data):
     original = trainer.svi.step
 
     def spy(x):
-        terms = original(x)
-        dtypes.update(term.dtype for term in terms.values())
+        original(x)
+        dtypes.update(term.dtype for term in trainer.svi.loss.terms.values())
         with torch.autocast(x.device.type, torch.bfloat16):
             q = trainer.vae.encoder(x)
             dtypes.update(p.dtype for p in (q.mean, q.stddev, trainer.vae.decoder(q.mean).mean))
-        return terms
 
     trainer.svi.step = spy
     trainer.fit(progress=False)
@@ -531,8 +530,8 @@ def test_a_divergent_learning_rate(make_trainer, no_validation):
 
 def test_a_validation_loss_that_is_not_finite(make_trainer, monkeypatch):
     trainer = make_trainer(3)
-    losses = iter([1.0, math.nan])
-    monkeypatch.setattr(trainer, "validate", lambda: next(losses))
+    terms = iter([{"x": 1.0}, {"x": math.nan}])
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **kwargs: next(terms))
     with pytest.raises(NonFiniteError, match=r"validation loss is nan after epoch 2.*\(epoch 1\)"):
         trainer.fit(progress=False)
 
@@ -543,8 +542,8 @@ def test_a_validation_loss_that_is_not_finite(make_trainer, monkeypatch):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"epochs": 0}, "epochs must be positive and finite, got 0"),
-        ({"batch_size": 0}, "batch_size must be positive and finite, got 0"),
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ({"lr": math.nan}, "lr must be positive and finite, got nan"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
@@ -565,14 +564,14 @@ def test_train_config(options, match):
     [
         ({"prior": "copula"}, "unknown prior 'copula'"),
         ({"networks": "unet"}, "unknown networks 'unet'"),
-        ({"likelihood": "poisson"}, "got 'poisson'"),
+        ({"likelihood": "poisson"}, "unknown likelihood 'poisson'"),
         ({"latent_dim": 0}, "latent_dim must be .* got 0"),
         ({"width": 0}, "width must be .* got 0"),
         ({"num_timesteps": 0}, "num_timesteps must be .* got 0"),
         ({"schedule": "sqrt"}, "unknown schedule 'sqrt'"),
         ({"parameterization": "x"}, "unknown parameterization 'x'"),
         ({"reverse_variance": "x"}, "unknown reverse_variance 'x'"),
-        ({"image_shape": (1, 9, 9)}, r"got \(1, 9, 9\)"),
+        ({"image_shape": (9, 9)}, r"got \(9, 9\)"),
         ({"networks": "paper"}, "32 or 64 pixels"),
     ],
     ids=str,
@@ -585,10 +584,10 @@ def test_model_config(options, match):
 @pytest.mark.parametrize(
     "model, conditioning", [({}, "x"), ({"reverse_variance": "learned"}, "z_0")]
 )
-def test_a_weighting_is_checked_before_training(make_trainer, model, conditioning):
-    elbo = Timestep_ELBO(weighting="simple", conditioning=conditioning)
-    with one_line_value_error("weighting='simple' is defined for"):
-        make_trainer(elbo=elbo, model=model)
+def test_a_weighting_that_is_not_defined(make_trainer, model, conditioning):
+    elbo = Reweighted(Timestep_ELBO(conditioning=conditioning), "simple")
+    with one_line_value_error("the weightings 'simple' and 'paper' are defined for"):
+        make_trainer(elbo=elbo, model=model).fit(progress=False)
 
 
 def test_a_run_does_not_depend_on_what_others_draw(make_trainer):
@@ -649,7 +648,7 @@ def test_a_gaussian_prior_has_no_phase_of_its_own(make_trainer):
     trainer = make_trainer(1, prior_epochs=3, model={"prior": "gaussian"}, out=None)
     trainer.fit(progress=False)
     assert len(trainer.history) == 1
-    with one_line_value_error("epochs must be positive, got 0: a gaussian prior has no parameters"):
+    with one_line_value_error("epochs must be positive, got 0: a GaussianPrior has no parameters"):
         make_trainer(0, prior_epochs=3, model={"prior": "gaussian"}, out=None)
 
 

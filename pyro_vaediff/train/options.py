@@ -47,7 +47,7 @@ def option(
         default: Its default.
         help: What it is. The default and the choices are appended.
         check: A function of its name and value that raises a ``ValueError``. ``None`` is let
-            through.
+            through if the annotation has it.
         metavar: The name of its value in the help.
         of: Who has a use for it: the values of other options, such as ``{"prior": ("flow",)}``.
     """
@@ -87,7 +87,7 @@ def check(config: Any) -> None:
     r"""Raises a ``ValueError`` that names the first field of a dataclass that is not valid."""
     for field in dataclasses.fields(config):
         value, test = getattr(config, field.name), field.metadata.get("check")
-        if test is not None and (value is not None or field.default is not None):
+        if test is not None and not (value is None and "None" in str(field.type)):
             test(field.name, value)
 
 

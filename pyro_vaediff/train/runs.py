@@ -198,7 +198,7 @@ def describe_elbo(elbo: pyro.infer.ELBO) -> dict[str, Any]:
         return describe_elbo(elbo.elbo) | {"weighting": elbo.name}
     settings = {"estimator": type(elbo).__name__, "num_particles": elbo.num_particles}
     if isinstance(elbo, TraceKL_ELBO):
-        settings |= {"antithetic": elbo.antithetic, "entropy": elbo.entropy}
+        settings |= {"antithetic": elbo.antithetic, "entropy": elbo.entropy, "weighting": "elbo"}
     if isinstance(elbo, Timestep_ELBO):
         settings |= {
             "timesteps": "all" if elbo.proposal is None else type(elbo.proposal).__name__,

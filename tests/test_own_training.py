@@ -1,0 +1,209 @@
+r"""Networks, data and estimators of one's own: trained, resumed and reported without a config."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pyro.distributions as dist
+import pytest
+import torch
+from errors import one_line_value_error
+from torch import nn
+
+from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO
+from pyro_vaediff.data import load
+from pyro_vaediff.evaluate import evaluate
+from pyro_vaediff.train import TrainConfig, Trainer, load_vae, load_weights
+from pyro_vaediff.train.optim import WeightAverage
+from pyro_vaediff.train.report import report
+
+
+class Encoder(nn.Module):
+    def __init__(self, context=0):
+        super().__init__()
+        self.net = nn.Linear(6 + context, 4)
+
+    def forward(self, x, c=None):
+        loc, raw = self.net(x if c is None else torch.cat([x, c], -1)).chunk(2, -1)
+        return dist.Normal(loc, raw.exp()).to_event(1)
+
+
+class Decoder(nn.Module):
+    r"""Its Laplace distribution has a mean, and no pixel space belongs to it."""
+
+    def __init__(self, context=0):
+        super().__init__()
+        self.net = nn.Linear(2 + context, 6)
+
+    def forward(self, z, c=None):
+        loc = self.net(z if c is None else torch.cat([z, c.expand(*z.shape[:-1], -1)], -1))
+        return dist.Laplace(loc, torch.ones_like(loc)).to_event(1)
+
+
+def make_vae(context=0, prior=None):
+    torch.manual_seed(0)
+    prior = prior or DiffusionPrior(2, 5, context_features=context)
+    return VAE(Encoder(context), Decoder(context), prior)
+
+
+X = torch.randn(60, 6, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+    6, 6, generator=torch.Generator().manual_seed(2)
+)
+DATA = X[:40], X[40:]
+FAST = {"epochs": 3, "batch_size": 10, "lr": 1e-2}
+
+
+def trainer(out=None, vae=None, data=DATA, elbo=None, options=None, **kwargs):
+    config = TrainConfig(**FAST | (options or {}))
+    return Trainer(vae or make_vae(), data, elbo or Timestep_ELBO(k=2), config, out=out, **kwargs)
+
+
+def test_a_run_of_ones_own_is_resumed_loaded_and_reported(tmp_path, device):
+    records = []
+    straight = trainer(tmp_path / "a", on_epoch=records.append, device=device)
+    best = straight.fit(progress=False)
+    assert records == straight.history and [r["epoch"] for r in records] == [1, 2, 3]
+
+    trainer(tmp_path / "b", options={"epochs": 1}, device=device).fit(progress=False)
+    resumed = trainer(tmp_path / "b", device=device)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert resumed.history == straight.history
+
+    loaded = load_weights(tmp_path / "b", make_vae())
+    for name, value in best.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.cpu()), name
+    with one_line_value_error("has no model_config: make the VAE and use load_weights"):
+        load_vae(tmp_path / "b")
+    with one_line_value_error("has weights of other networks"):
+        load_weights(tmp_path / "b", make_vae(prior=GaussianPrior(2)))
+
+    lines = report(best, X[40:].to(device), straight.history, tmp_path / "a")
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["test_negative_elbo"] == pytest.approx(sum(evaluate(best, X[40:]).values()))
+    assert set(results["not_available"]) == {"bits/dim", "pictures"}
+    assert sum(line.startswith("not available for") for line in lines) == 2
+    assert (tmp_path / "a" / "kl_by_timestep.csv").exists()
+
+
+def test_a_trained_model_can_be_saved_whole(tmp_path):
+    best = trainer().fit(progress=False)
+    evaluate(best, X[:4])
+    torch.save(best, tmp_path / "vae.pt")
+    again = torch.load(tmp_path / "vae.pt", weights_only=False)
+    assert torch.equal(again.encoder(X).mean, best.encoder(X).mean)
+
+
+def test_any_optimizer_of_torch():
+    run = trainer(make_optimizer=torch.optim.RMSprop, options={"prior_lr": 1e-3})
+    assert isinstance(run.optim.optimizer, torch.optim.RMSprop)
+    assert [group["lr"] for group in run.optim.optimizer.param_groups] == [1e-2, 1e-3]
+    run.fit(progress=False)
+    assert run.history[-1]["train"] < run.history[0]["train"]
+
+
+@pytest.mark.parametrize(
+    "options, epochs, steps",
+    [
+        ({"max_steps": 6}, 2, 6),  # of 4 steps per epoch
+        ({"max_seconds": 1e-9}, 1, 1),
+        ({"epochs": 9, "patience": 2}, 3, 12),
+        ({"validate_every": 2}, 3, 12),
+    ],
+    ids=str,
+)
+def test_budgets(monkeypatch, options, epochs, steps):
+    run, calls = trainer(options=options), []
+    if "patience" in options:
+        validated = iter([1.0, 2.0, 3.0])
+        monkeypatch.setattr(run, "validate", lambda epoch: next(validated))
+    else:
+        original = run.current
+        monkeypatch.setattr(run, "current", lambda: calls.append(1) or original())
+    run.fit(progress=False)
+    assert (len(run.history), run.steps) == (epochs, steps)
+    if "validate_every" in options:
+        assert len(calls) == 3  # the first, the second, and the last epoch
+    before = copy.deepcopy(run.history)
+    run.fit(progress=False)
+    assert run.history == before  # it is finished
+
+
+def test_the_cosine_ends_with_the_last_step():
+    run = trainer(options={"max_steps": 6, "lr_schedule": "cosine"})
+    run.fit(progress=False)
+    assert run.optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_context_is_what_the_model_is_given():
+    # Data are their labels up to noise: without the context, the latents must carry them.
+    labels = torch.arange(60) % 2
+    c = nn.functional.one_hot(labels, 2).float()
+    x = 4 * (labels[:, None] - 0.5).expand(60, 6) + 0.1 * X
+    options = {"epochs": 40}
+    losses = []
+    for data, context in (((x[:40], x[40:]), 0), (((x[:40], c[:40]), (x[40:], c[40:])), 2)):
+        run = trainer(vae=make_vae(context), data=data, options=options)
+        run.fit(progress=False)
+        losses.append(run.history[-1]["validation"])
+    assert losses[1] < losses[0] - 0.3
+
+
+def test_labels_of_images_are_the_context_one_hot():
+    data = load("digits", limit=20)
+
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.net = [], nn.Linear(64, 4)
+
+        def forward(self, x, c):
+            self.seen.append(c)
+            loc, raw = self.net(x.flatten(-3)).chunk(2, -1)
+            return dist.Normal(loc, raw.exp()).to_event(1)
+
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 64)
+
+        def forward(self, z, c):
+            loc = self.net(z).unflatten(-1, (1, 8, 8))
+            return dist.Normal(loc, torch.ones_like(loc)).to_event(3)
+
+    from pyro_vaediff.likelihoods import Dequantized
+
+    vae = VAE(Images(), Pixels(), GaussianPrior(2), Dequantized(17))
+    run = Trainer(vae, data, Timestep_ELBO(), TrainConfig(epochs=1, batch_size=20), labels=True)
+    run.fit(progress=False)
+    seen = torch.cat([c for c in vae.encoder.seen if c.requires_grad is False])[:20]
+    assert sorted(seen.argmax(-1).tolist()) == sorted(data.train_labels.tolist())
+    assert torch.equal(seen.sum(-1), torch.ones(20))
+
+
+def test_the_average_is_of_weights_and_statistics_not_of_tables():
+    vae = make_vae()
+    average = WeightAverage(vae, 0.5)
+    for _ in range(2):
+        average.update(vae)
+    assert torch.isinf(vae.prior.schedule.log_snr[0])  # which has no average
+    assert average.values.keys() == vae.state_dict().keys()
+    for name, value in vae.state_dict().items():
+        assert torch.equal(average.values[name], value), name
+
+
+@pytest.mark.parametrize(
+    "data", [X, (X,), (X, X[:0]), ((X, X[:3]), X), "digits"], ids=lambda data: type(data).__name__
+)
+def test_data_that_are_none(data):
+    with one_line_value_error("data must be ImageData, or a training and a validation split"):
+        trainer(data=data)
+
+
+def test_frozen_networks_stay_frozen_and_others_do_not():
+    vae = make_vae()
+    vae.encoder.requires_grad_(False)
+    best = trainer(vae=vae, options={"prior_epochs": 1}).fit(progress=False)
+    assert not any(p.requires_grad for p in best.encoder.parameters())
+    assert all(p.requires_grad for p in best.decoder.parameters())
