@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.infer
 import torch
-from pyro_vaediff.evaluate.log_likelihood import log_likelihood, prior_log_prob
+from pyro_vaediff.evaluate import log_likelihood, prior_log_prob
 
 from pyro_vaediff import (
     VAE,
@@ -34,8 +34,8 @@ from pyro_vaediff.evaluate import (
     load_extractor,
     reference_statistics,
 )
-from pyro_vaediff.evaluate.elbo import evaluate
-from pyro_vaediff.evaluate.surgery import elbo_surgery
+from pyro_vaediff.evaluate import evaluate
+from pyro_vaediff.evaluate import elbo_surgery
 from pyro_vaediff.files import check_folder, read_json
 from pyro_vaediff.infer import (
     ImportanceTimesteps,

@@ -22,7 +22,7 @@ from scripts import EXPERIMENTS, script_errors
 
 from pyro_vaediff.arguments import exit_on_error
 from pyro_vaediff.data import load
-from pyro_vaediff.evaluate.elbo import preprocess
+from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.train import load_checkpoint, save_checkpoint
 from pyro_vaediff.train.config import ModelConfig, TrainConfig

@@ -29,7 +29,7 @@ from torch import Size, Tensor
 from pyro_vaediff import Timestep_ELBO, TraceKL_ELBO, files
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.diffusion import base_normal
-from pyro_vaediff.evaluate.elbo import evaluate, value_elbo
+from pyro_vaediff.evaluate import evaluate, value_elbo
 from pyro_vaediff.infer import Timesteps
 from pyro_vaediff.train import distributed, load_checkpoint, loop
 from pyro_vaediff.train.build import make_vae

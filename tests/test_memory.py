@@ -12,7 +12,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_vaediff.evaluate.elbo import evaluate
+from pyro_vaediff.evaluate import evaluate
 from pyro_vaediff.infer import PROPOSALS, Timestep_ELBO
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.train.build import make_vae
@@ -138,7 +138,7 @@ import resource, sys
 import pyro, torch
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
-from pyro_vaediff.evaluate.elbo import evaluate
+from pyro_vaediff.evaluate import evaluate
 
 count, T, D, size = map(int, sys.argv[1:])
 pyro.enable_validation(False)

@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro_vaediff import VAE, DiffusionPrior
 from pyro_vaediff.denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
 from pyro_vaediff.diffusion import base_normal, kl_normal
-from pyro_vaediff.evaluate.elbo import preprocess
+from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.infer import PROPOSALS, ImportanceTimesteps, Timestep_ELBO, elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import (

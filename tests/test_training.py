@@ -17,7 +17,7 @@ from pyro.infer import Trace_ELBO
 from pyro_vaediff import Reweighted, Timestep_ELBO
 from pyro_vaediff.data import load
 from pyro_vaediff.diffusion import base_normal
-from pyro_vaediff.evaluate.elbo import evaluate, preprocess
+from pyro_vaediff.evaluate import evaluate, preprocess
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.train import build, load_checkpoint, loop, save_checkpoint, saving
 from pyro_vaediff.train.build import make_vae

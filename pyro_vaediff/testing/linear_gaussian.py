@@ -108,7 +108,7 @@ class LinearDenoiser(Vectors):
         """
         at = (torch.arange(len(self.weight), device=z.device), t)
         z = self.flatten(z)
-        net = affine(self.weight[at], self.bias[at], z).expand_as(z)
+        net = affine(self.weight[at], self.bias[at], z)
         if self.num_outputs > 1:
             net = torch.cat([net, self.u[at].expand_as(net)], -1)
         return self.split(net)
