@@ -948,6 +948,6 @@ def test_markdown_table():
     ]  # fmt: skip
     assert rows[3][0].startswith("biased") and rows[3][0].endswith("why)")
     assert rows[3][1:2] == ["−0.50 ± 0.10 (predicted −0.47 ± 0.02)"]
-    assert rows[4][1] == "0.00 ± 0.20" and rows[4][4] == "1234" and rows[4][6] == "0"
+    assert rows[4][1] == "+0.00 ± 0.20" and rows[4][4] == "1234" and rows[4][6] == "0"
     assert rows[5] == ["*the minibatch's own noise*", "", "", *["0.25"] * 3, *[""] * 9]
     assert len(markdown_table(records)) == 2 + 3
