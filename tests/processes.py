@@ -69,7 +69,7 @@ def child(rank: int, size: int, port: int, sender: Connection, function: Callabl
     try:
         with process_group("cpu"):
             result = function()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         result = error
     except BaseException:
         result = traceback.format_exc()

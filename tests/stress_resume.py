@@ -2,7 +2,7 @@ r"""Kills runs at random moments and resumes them: what they leave must not tell
 
     OMP_NUM_THREADS=1 python tests/stress_resume.py --kills 100
 
-runs ``experiments/run.py`` once without a disturbance and then again and again. A second thread
+runs the main job once without a disturbance and then again and again. A second thread
 kills the process (SIGKILL, there is nothing that it could still do), half of the time at a random
 moment of its CPU time, and else during a training step, a validation or the writing of a file. The
 same command with ``--resume`` follows, and may be killed again. Each run that has come to its end
@@ -24,7 +24,6 @@ import resource
 import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -40,9 +39,8 @@ import torch._dynamo  # which the first step of an optimizer imports
 from pyro_vaediff import files
 from pyro_vaediff.data import load
 from pyro_vaediff.train import load_checkpoint, loop, optim
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import run as script
+from pyro_vaediff.train import main as main_job
+from pyro_vaediff.train.runs import BEST, CHECKPOINT
 
 load("digits")  # imports scikit-learn
 # Two phases, a moving average, a proposal that learns, snapshots: much to be resumed.
@@ -157,13 +155,13 @@ class Run:
         phases.watch(optim.TermsLoss, "__call__", "step")
         phases.watch(loop.Trainer, "validate", "validation")
         phases.watch(files, "replace", "write")
-        phases.watch(script, "report", "report")
+        phases.watch(main_job, "report", "report")
         if at is not None:
             kill_after(time.process_time, at)
         start = time.process_time()
-        resume = ["--resume"] if (self.out / loop.CHECKPOINT).exists() else []
+        resume = ["--resume"] if (self.out / CHECKPOINT).exists() else []
         try:
-            script.main([*OPTIONS, "--out", str(self.out), *resume])
+            main_job.main([*OPTIONS, "--out", str(self.out), *resume])
         except BaseException:
             traceback.print_exc()
             raise
@@ -212,7 +210,7 @@ def stress(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             if not finished:
                 where[phases.current] += 1
                 found = {path.name for path in run.out.glob("*")} if run.out.exists() else set()
-                for name in found & {loop.CHECKPOINT, loop.BEST}:
+                for name in found & {CHECKPOINT, BEST}:
                     load_checkpoint(run.out / name)  # it is whole
         compare(run.out, straight.out)
         shutil.rmtree(run.out.parent)

@@ -221,7 +221,7 @@ def train(out: Path | None, epochs: int, resume: bool = False, **options) -> dic
     trainer = make_trainer(out, epochs, **options)
     seen, seeds, written = [], [], []
 
-    def preprocess(vae, batch, levels):
+    def preprocess(vae, batch):
         seen.append([(int(x[0, 0, 0]), int(x[0, 1, 0])) for x in batch])  # the number, and the side
         seeds.append(torch.initial_seed())
         return real_preprocess(vae, batch)

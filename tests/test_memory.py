@@ -125,9 +125,9 @@ def test_no_prior_and_no_proposal_keeps_anything(without_validation, prior, time
 def test_evaluation_keeps_nothing(without_validation):
     vae = make_vae(ModelConfig("diffusion", num_timesteps=20, **TINY))
     images = torch.randint(0, 17, (10, 1, 8, 8)).byte()
-    evaluate(vae, images, 17)
+    evaluate(vae, images)
     tensors = live()[1]
-    growth = traced_growth(lambda: evaluate(vae, images, 17), steps=20, warmup=10)
+    growth = traced_growth(lambda: evaluate(vae, images), steps=20, warmup=10)
     assert growth < 20 * 10 * BYTES_PER_STEP, growth
     assert live()[1] == tensors
 
@@ -145,9 +145,9 @@ pyro.enable_validation(False)
 torch.distributions.Distribution.set_default_validate_args(False)
 vae = make_vae(ModelConfig("diffusion", D, (1, size, size), 256, width=4, num_timesteps=T))
 images = torch.randint(0, 256, (count, 1, size, size), dtype=torch.uint8)
-evaluate(vae, images[:100], 256)
+evaluate(vae, images[:100])
 first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-evaluate(vae, images, 256)
+evaluate(vae, images)
 print(first * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

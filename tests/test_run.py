@@ -44,7 +44,12 @@ def arguments(device):
 
     def make(out, *flags, **options):
         options = {k.replace("_", "-"): v for k, v in options.items()}
-        options = TINY | {"device": device.type, "batch-size": 20, "out": out} | options
+        tiny = dict(TINY)
+        if options.get("prior", "diffusion") != "diffusion":
+            del tiny["num-timesteps"]  # which would be refused
+        if options.get("estimator", "timestep") != "timestep":
+            del tiny["k"]
+        options = tiny | {"device": device.type, "batch-size": 20, "out": out} | options
         pairs = ((f"--{k}", str(v)) for k, v in options.items() if v is not None)
         return ["--quiet", *flags, *(word for pair in pairs for word in pair)]
 
@@ -160,6 +165,7 @@ def test_other_priors(run, tmp_path, prior):
         {"conditioning": "x", "schedule": "cosine", "likelihood": "discretized-logistic"},
         {"weighting": "simple", "timesteps": "uniform", "likelihood": "gaussian-pixel"},
         {"weighting": "paper", "timesteps": "all", "precision": "bf16"},
+        {"condition": "labels"},
     ],
     ids=str,
 )
@@ -170,7 +176,8 @@ def test_every_option_runs(run, tmp_path, options):
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_smallest_run(run, tmp_path, prior):
-    one = {"epochs": 1, "limit": 1, "latent_dim": 1, "num_timesteps": 1, "width": 1, "k": 1}
+    one = {"epochs": 1, "limit": 1, "latent_dim": 1, "width": 1, "k": 1}
+    one |= {"num_timesteps": 1} if prior == "diffusion" else {}
     run(tmp_path / "run", prior=prior, features="none", **one)
     assert "frechet" not in results(tmp_path / "run")
 
@@ -361,7 +368,7 @@ def test_a_broken_checkpoint(error_of, finished_run, tmp_path, broken):
 
 ERRORS = [
     ({"prior": "copula"}, "unknown prior 'copula'"),
-    ({"networks": "unet"}, "--networks"),
+    ({"networks": "unet"}, "unknown networks 'unet'"),
     ({"networks": "paper"}, "32 or 64 pixels"),
     ({"likelihood": "poisson"}, "'poisson'"),
     ({"schedule": "sqrt"}, "unknown schedule 'sqrt'"),
@@ -374,29 +381,32 @@ ERRORS = [
     ({"estimator": "iwae"}, "unknown estimator 'iwae'"),
     ({"timesteps": "some"}, "unknown timesteps 'some'"),
     ({"k": 0}, "k must be a whole number >= 1, got 0"),
-    ({"conditioning": "y"}, "conditioning must be 'z_0' or 'x', got 'y'"),
+    ({"conditioning": "y"}, "unknown conditioning 'y': choose one of z_0, x"),
     ({"weighting": "vlb"}, "unknown weighting 'vlb'"),
-    ({"weighting": "simple", "conditioning": "x"}, "are defined for"),
-    ({"weighting": "paper", "reverse_variance": "learned"}, "are defined for"),
-    ({"epochs": 0}, "epochs must be positive and finite, got 0"),
-    ({"batch_size": 0}, "batch_size must be positive and finite, got 0"),
+    ({"weighting": "simple", "conditioning": "x"}, "is defined for"),
+    ({"weighting": "paper", "reverse_variance": "learned"}, "is defined for"),
+    ({"epochs": 0}, "epochs must be positive, got 0"),
+    ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
     ({"lr": 0}, "lr must be positive and finite, got 0"),
     ({"lr": "nan"}, "lr must be positive and finite, got nan"),
     ({"lr": "inf"}, "lr must be positive and finite, got inf"),
-    ({"lr_schedule": "step"}, "--lr-schedule"),
+    ({"lr_schedule": "step"}, "unknown lr_schedule 'step'"),
     ({"clip_norm": -1}, "clip_norm must be positive, got -1"),
     ({"ema": 1.5}, "ema must be in [0, 1), got 1.5"),
     ({"seed": 2**70}, f"seed must be a whole number in [0, 2^63), got {2**70}"),
-    ({"precision": "float16"}, "--precision"),
-    ({"device": "tpu"}, "--device"),
-    ({"dataset": "imagenet"}, "--dataset"),
+    ({"precision": "float16"}, "unknown precision 'float16'"),
+    ({"device": "tpu"}, "unknown device 'tpu'"),
+    ({"dataset": "imagenet"}, "unknown data set 'imagenet'"),
     ({"image_size": 7}, "the digits are 8x8 grey images"),
     ({"limit": 0}, "limit must be a whole number >= 1, got 0"),
     ({"limit": 1}, "needs at least 2 images"),
     ({"num_images": 0}, "needs at least 2 images, got --num-images 0"),
     ({"num_images": 1}, "needs at least 2 images, got --num-images 1"),
     ({"num_images": -5}, "needs at least 2 images, got --num-images -5"),
-    ({"features": "vgg"}, "--features"),
+    ({"features": "vgg"}, "unknown features 'vgg'"),
+    ({"prior": "flow", "num_timesteps": 5}, "prior='flow' has no use for num_timesteps"),
+    ({"estimator": "trace", "entropy": "exact"}, "estimator='trace' has no use for entropy"),
+    ({"condition": "labels", "prior": "vamp"}, "prior='vamp' takes no labels"),
 ]
 
 
@@ -415,7 +425,7 @@ def test_errors_of_data_and_weights(error_of, tmp_path, monkeypatch):
     for options, match in [
         ({"dataset": "folder", "root": missing}, "is not a folder"),
         ({"dataset": "folder", "root": folder}, "holds 1 images"),
-        ({"dataset": "folder", "root": images, "image_size": 7}, "H = W in 8, 16, 28, 32, 64"),
+        ({"dataset": "folder", "root": images, "image_size": 7}, "images of 7 x 7 pixels"),
         ({"dataset": "folder", "root": text}, "is not a folder"),
         *(
             ({"dataset": name, "root": missing}, f"--dataset {name}: could not read it")

@@ -141,6 +141,13 @@ class EstimatorConfig(Checked):
         of=TERMS | DIFFUSION,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weighting != "elbo" and self.conditioning == "x":
+            raise ValueError(
+                f"weighting={self.weighting!r} is defined for conditioning='z_0', got 'x'"
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):

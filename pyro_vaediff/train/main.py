@@ -94,6 +94,13 @@ class Config:
     run: RunConfig
     report: ReportConfig
 
+    def __post_init__(self) -> None:
+        if self.elbo.weighting != "elbo" and self.model.reverse_variance == "learned":
+            raise ValueError(
+                f"weighting={self.elbo.weighting!r} is defined for a fixed reverse variance, got "
+                "reverse_variance='learned'"
+            )
+
     @classmethod
     def of(cls, args: argparse.Namespace) -> Config:
         r"""Returns the configuration that the options of a command line are."""
