@@ -106,7 +106,7 @@ class VAE(nn.Module):
         """
         register("decoder", self.decoder)
         with pyro.plate("data", count(x, c, num_samples), dim=-1):
-            z_0 = self.prior.model(c)
+            z_0 = call(self.prior.model, c)
             p_x = checked("decoder", call(self.decoder, z_0, c))
             return pyro.sample("x", p_x, obs=check_shape(x, p_x.event_shape))
 
@@ -123,7 +123,7 @@ class VAE(nn.Module):
         """
         register("encoder", self.encoder)
         with pyro.plate("data", count(x, c), dim=-1):
-            return self.prior.guide(call(self.encoder, x, c), c)
+            return call(self.prior.guide, call(self.encoder, x, c), c)
 
     @program
     def prior_model(self, x: Tensor, c: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ class VAE(nn.Module):
             c: The context, with one row per datum.
         """
         with pyro.plate("data", count(x, c), dim=-1):
-            return self.prior.model(c)
+            return call(self.prior.model, c)
 
     @program
     def prior_guide(self, x: Tensor, c: Tensor | None = None) -> Tensor:
@@ -150,12 +150,12 @@ class VAE(nn.Module):
         with torch.no_grad():
             q_z0 = call(self.encoder, x, c)
         with pyro.plate("data", count(x, c), dim=-1):
-            return self.prior.guide(q_z0, c)
+            return call(self.prior.guide, q_z0, c)
 
 
-def call(network: Callable, x: Tensor, c: Tensor | None) -> Any:
-    r"""Returns what a network returns, given the context if there is one."""
-    return network(x) if c is None else network(x, c)
+def call(function: Callable, *args: Any) -> Any:
+    r"""Returns what a function returns, given the context, its last argument, if there is one."""
+    return function(*args) if args[-1] is not None else function(*args[:-1])
 
 
 def checked(name: str, fn: Any) -> dist.TorchDistribution:

@@ -22,7 +22,7 @@ from pyro_vaediff import (
     TraceKL_ELBO,
     VampPrior,
 )
-from pyro_vaediff.bench import Oracle, linear_gaussian_vae
+from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.data import ImageData, batches, load
 from pyro_vaediff.diffusion import q_marginal
 from pyro_vaediff.evaluate import (
@@ -50,7 +50,7 @@ from pyro_vaediff.likelihoods import (
     GaussianLikelihood,
     make_likelihood,
 )
-from pyro_vaediff.nn import ConvDecoder, ConvEncoder, MLPDenoiser, ResidualMLP
+from pyro_vaediff.nn import ConvDecoder, ConvEncoder, MLPBackbone, ResidualMLP
 from pyro_vaediff.plotting import plot_history, save_image_grid
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.sampling.samplers import ddim, interpolate, reconstruct, sample, trajectory
@@ -219,9 +219,8 @@ LIBRARY = [
         lambda it: ResidualMLP(2, LinearSchedule(4), embedding_dim=3),
         "the embedding dimension must be even and positive, got 3",
     ),
-    (lambda it: MLPDenoiser(2, 0), "num_timesteps must be a whole number >= 1, got 0"),
     (
-        lambda it: MLPDenoiser(2, 4, hidden_features=(0,)),
+        lambda it: MLPBackbone(2, hidden_features=(0,)),
         "the width of a layer must be a whole number >= 1, got 0",
     ),
     (
@@ -481,7 +480,7 @@ LIBRARY = [
     ),
     (
         lambda it: make_vae(ModelConfig(denoiser="preconditioned", parameterization="v")),
-        "a PreconditionedDenoiser predicts 'eps': parameterization must be 'eps', got 'v'",
+        "a preconditioned denoiser predicts 'eps': parameterization must be 'eps', got 'v'",
     ),
     (
         lambda it: TrainConfig(lr_schedule="step"),
