@@ -608,7 +608,7 @@ SCRIPTS = {
         ("--estimator iwae", "unknown estimator 'iwae': choose one of timestep, trace, .*"),
         ("--weighting simple --conditioning x", "weighting='simple' is defined for .*"),
         ("--estimator trace-kl --timesteps all", "estimator='trace-kl' has no use for timesteps.*"),
-        ("--condition labels --dataset folder --root {images}", "condition='labels': folder .*"),
+        ("--condition labels --networks paper", "networks='paper' take no labels: .*"),
         ("--snapshots -1", "each of snapshots must be a whole number >= 0, got -1"),
         ("--snapshots 9", "each of snapshots must be at most the number of epochs, 1, got 9"),
         ("--test-k -1", "test_k must be a whole number >= 0, got -1"),
