@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pyro.infer
 import torch
-from pyro_vaediff.evaluate import log_likelihood, prior_log_prob
 
 from pyro_vaediff import (
     VAE,
@@ -22,20 +21,21 @@ from pyro_vaediff import (
     TraceKL_ELBO,
     VampPrior,
 )
-from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.data import ImageData, batches, load
 from pyro_vaediff.diffusion import q_marginal
 from pyro_vaediff.evaluate import (
     Extractor,
     FeatureStatistics,
+    elbo_surgery,
+    evaluate,
     frechet_distance,
     image_statistics,
     importance_weighted_bound,
     load_extractor,
+    log_likelihood,
+    prior_log_prob,
     reference_statistics,
 )
-from pyro_vaediff.evaluate import evaluate
-from pyro_vaediff.evaluate import elbo_surgery
 from pyro_vaediff.files import check_folder, read_json
 from pyro_vaediff.infer import (
     ImportanceTimesteps,
@@ -46,7 +46,6 @@ from pyro_vaediff.infer import (
 )
 from pyro_vaediff.likelihoods import (
     BernoulliLikelihood,
-    CategoricalLikelihood,
     GaussianLikelihood,
     make_likelihood,
 )
@@ -55,8 +54,9 @@ from pyro_vaediff.plotting import plot_history, save_image_grid
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.sampling.samplers import ddim, interpolate, reconstruct, sample, trajectory
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule, make_schedule
+from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.train import load_checkpoint
-from pyro_vaediff.train.build import make_prior, make_vae
+from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
 from pyro_vaediff.train.runs import load_data, load_vae
 
@@ -147,9 +147,9 @@ LIBRARY = [
         lambda it: q_marginal(it.vae.prior.schedule, laplace(), 1),
         r"q\(z_t \| x\) is only known .* for a diagonal Gaussian encoder, got Laplace: .*",
     ),
-    (lambda it: GaussianPrior(0), "latent_dim must be a whole number >= 1, got 0"),
-    (lambda it: DiffusionPrior("2"), "latent_dim must be a whole number >= 1, got '2'"),
-    (lambda it: DiffusionPrior(True), "latent_dim must be a whole number >= 1, got True"),
+    (lambda it: GaussianPrior(0), "event_shape must be a whole number >= 1, got 0"),
+    (lambda it: DiffusionPrior("2"), "event_shape must be a whole number >= 1, got '2'"),
+    (lambda it: DiffusionPrior(True), "event_shape must be a whole number >= 1, got True"),
     (
         lambda it: DiffusionPrior(2, parameterization="x"),
         "unknown parameterization 'x': choose one of eps, z0, mu, v",
@@ -182,7 +182,7 @@ LIBRARY = [
     (lambda it: MixturePrior(2, 0), "num_components must be a whole number >= 1, got 0"),
     (
         lambda it: VampPrior(it.vae.encoder, 3, (1, 8, 8), 2).model(),
-        r"q\(z_0 \| x\) must have event shape \(3,\), as the prior has latent_dim=3, got \(2,\)",
+        r"q\(z_0 \| x\) must have event shape \(3,\), as the prior has, got \(2,\)",
     ),
     (
         lambda it: VampPrior(it.vae.encoder, 2, (1, 8, 8), 2).initialize(torch.zeros(1, 3, 8, 8)),
@@ -194,14 +194,14 @@ LIBRARY = [
     ),
     # Networks and likelihoods
     (
-        lambda it: ConvEncoder((1, 9, 9), 2),
-        r"image_shape must have H = W in 8, 16, 28, 32, 64, got \(1, 9, 9\)",
+        lambda it: ConvEncoder((1, 7, 7), 2),
+        r"images of 7 x 7 pixels: the convolutional networks take 8 to 256 .*\(--image-size\).*",
     ),
     (lambda it: ConvEncoder((1, 8, 8), 0), "latent_dim must be a whole number >= 1, got 0"),
     (lambda it: ConvEncoder((1, 8, 8), 2, width=0), "width must be a whole number >= 1, got 0"),
     (
         lambda it: ConvEncoder((1, 8, 8), 2, norm="layer"),
-        "norm must be one of group, batch, none, got 'layer'",
+        "unknown norm 'layer': choose one of group, batch, none",
     ),
     (
         lambda it: ConvEncoder((1, 8, 8), 2, max_scale=nan),
@@ -240,26 +240,18 @@ LIBRARY = [
         r"image_shape must be three positive ints \(C, H, W\), got \(8, 8\)",
     ),
     (
-        lambda it: it.vae.decoder.likelihood.preprocess(it.images_.float() / 17, 17),
+        lambda it: it.vae.space.preprocess(it.images_.float() / 17),
         r"images must be uint8 with values 0\.\.16, got torch.float32",
-    ),
-    (
-        lambda it: it.vae.decoder.likelihood.preprocess(it.images_.repeat(1, 3, 1, 1), 17),
-        r"images must end in shape \(1, 8, 8\), got \(4, 3, 8, 8\)",
-    ),
-    (
-        lambda it: CategoricalLikelihood((1, 8, 8), 17).preprocess(it.images_, 256),
-        "levels=256, but the likelihood was made for 17",
     ),
     # The programs
     (lambda it: VAE(it.vae.encoder, it.vae.decoder, None), "prior must be a Prior, got NoneType"),
     (
         lambda it: VAE(it.vae.encoder, it.vae.decoder, GaussianPrior(3)).guide(it.x),
-        r"q\(z_0 \| x\) must have event shape \(3,\), as the prior has latent_dim=3, got \(2,\)",
+        r"q\(z_0 \| x\) must have event shape \(3,\), as the prior has, got \(2,\)",
     ),
     (
         lambda it: VAE(it.vae.encoder, it.vae.decoder, DiffusionPrior(3, 4)).guide(it.x),
-        r"q\(z_0 \| x\) must have event shape \(3,\), as the prior has latent_dim=3, got \(2,\)",
+        r"q\(z_0 \| x\) must have event shape \(3,\), as the prior has, got \(2,\)",
     ),
     (
         lambda it: VAE(it.vae.encoder, it.vae.decoder, GaussianPrior(3)).model(it.x),
@@ -293,13 +285,13 @@ LIBRARY = [
     (lambda it: Timestep_ELBO(chunk_size=0), "chunk_size must be a whole number >= 1, got 0"),
     (
         lambda it: Timestep_ELBO(conditioning="x_0"),
-        "conditioning must be 'z_0' or 'x', got 'x_0'",
+        "unknown conditioning 'x_0': choose one of z_0, x",
     ),
     (
         lambda it: Reweighted(Timestep_ELBO(), "vlb"),
         "unknown weighting 'vlb': choose one of simple, paper",
     ),
-    (lambda it: TraceKL_ELBO(entropy="none"), "entropy must be 'exact' or 'path', got 'none'"),
+    (lambda it: TraceKL_ELBO(entropy="none"), "unknown entropy 'none': choose one of exact, path"),
     (lambda it: TraceKL_ELBO(num_particles=0), "num_particles must be a whole number >= 1, got 0"),
     (
         lambda it: Timestep_ELBO(num_particles=-1),
@@ -336,48 +328,44 @@ LIBRARY = [
     (lambda it: linear_gaussian_vae(0), "num_timesteps must be a whole number >= 1, got 0"),
     (
         lambda it: Oracle(it.vae, it.x),
-        "vae.encoder must be of class LinearGaussian, got ConvEncoder: .*",
+        "vae must be linear and Gaussian, such as linear_gaussian_vae makes it, got .*",
     ),
     # Evaluation and samples
-    (lambda it: evaluate(it.vae, it.images_[:0], 17), "images must hold at least one image"),
+    (lambda it: evaluate(it.vae, it.images_[:0]), "data must hold at least one datum"),
     (
-        lambda it: evaluate(it.vae, it.images_, 16),
-        "images has the value 16, beyond levels=16: pass more levels",
+        lambda it: evaluate(it.vae, it.images_ + 1),
+        "images has the value 17, beyond levels=17: pass more levels",
     ),
     (
-        lambda it: evaluate(it.vae, it.images_.float(), 17),
-        r"images must be uint8 with values 0\.\.16, got torch.float32",
-    ),
-    (
-        lambda it: evaluate(it.vae, it.images_, 17, batch_size=0),
+        lambda it: evaluate(it.vae, it.images_, batch_size=0),
         "batch_size must be a whole number >= 1, got 0",
     ),
     (
-        lambda it: evaluate(it.vae, it.images_, 17, seed=-1),
+        lambda it: evaluate(it.vae, it.images_, seed=-1),
         r"seed must be a whole number in \[0, 2\^63\), got -1",
     ),
     (
-        lambda it: evaluate(it.vae, it.images_, 17, "all"),
+        lambda it: evaluate(it.vae, it.images_, "all"),
         "elbo must be an estimator of the ELBO, got 'all'",
     ),
     (
-        lambda it: log_likelihood(it.gaussian, it.images_, 17, 0),
+        lambda it: log_likelihood(it.gaussian, it.images_, 0),
         "num_samples must be a whole number >= 1, got 0",
     ),
     (
-        lambda it: log_likelihood(it.vae, it.images_, 17, 1, num_steps=5),
+        lambda it: log_likelihood(it.vae, it.images_, 1, num_steps=5),
         "num_steps must be a whole number from 1 to T = 4, got 5",
     ),
     (
         lambda it: prior_log_prob(it.gaussian.prior, torch.zeros(3, 3)),
-        r"z_0 must have shape \(\*, 2\), as the prior has latent_dim=2, got \(3, 3\)",
+        "Value is not broadcastable with .*",
     ),
     (
-        lambda it: elbo_surgery(it.gaussian, it.images_, 17, log_prior="ode"),
+        lambda it: elbo_surgery(it.gaussian, it.images_, log_prior="ode"),
         "unknown log_prior 'ode': choose one of chain, flow",
     ),
     (
-        lambda it: elbo_surgery(it.gaussian, it.images_, 17, num_samples=1),
+        lambda it: elbo_surgery(it.gaussian, it.images_, num_samples=1),
         "num_samples must be a whole number >= 2 for standard errors, got 1",
     ),
     (
@@ -391,7 +379,7 @@ LIBRARY = [
     (lambda it: sample(it.vae.prior, 1.5), r"num_samples must be a whole number >= 1, got 1\.5"),
     (
         lambda it: trajectory(it.gaussian.prior, 2),
-        "prior must be a DiffusionPrior, got GaussianPrior: use sample",
+        "prior must be a DiffusionPrior, got GaussianPrior: use sample and .*",
     ),
     (
         lambda it: ddim(it.vae.prior, 2, num_steps=5),
@@ -459,15 +447,15 @@ LIBRARY = [
         "history must have at least one epoch, got none",
     ),
     # Configurations, runs and their files
-    (lambda it: TrainConfig(epochs=-1), "epochs must be positive and finite, got -1"),
+    (lambda it: TrainConfig(epochs=-1), "epochs must be a whole number >= 0, got -1"),
     (lambda it: TrainConfig(epochs=1.5), r"epochs must be a whole number >= 0, got 1\.5"),
-    (lambda it: TrainConfig(epochs="3"), "epochs must be positive and finite, got '3'"),
+    (lambda it: TrainConfig(epochs="3"), "epochs must be a whole number >= 0, got '3'"),
     (lambda it: TrainConfig(prior_epochs=-1), "prior_epochs must be a whole number >= 0, got -1"),
     (
         lambda it: TrainConfig(epochs=1, gaussian_epochs=2),
         "gaussian_epochs must be at most epochs=1, got 2",
     ),
-    (lambda it: TrainConfig(batch_size=2.5), r"batch_size must be a whole number >= 0, got 2\.5"),
+    (lambda it: TrainConfig(batch_size=2.5), r"batch_size must be a whole number >= 1, got 2\.5"),
     (lambda it: TrainConfig(lr=nan), "lr must be positive and finite, got nan"),
     (lambda it: TrainConfig(prior_lr=0), "prior_lr must be positive and finite, got 0"),
     (
@@ -517,10 +505,6 @@ LIBRARY = [
         "unknown networks 'unet': choose one of default, paper",
     ),
     (
-        lambda it: make_prior(ModelConfig("vamp")),
-        "a VampPrior needs an encoder, got encoder=None",
-    ),
-    (
         lambda it: it.trainer(model={"image_shape": (3, 8, 8)}),
         r"image_shape must be that of the data, \(1, 8, 8\), got \(3, 8, 8\)",
     ),
@@ -559,7 +543,7 @@ LIBRARY = [
     (lambda it: load_vae(it.images), r"no checkpoint at .*best\.pt"),
     (
         lambda it: load_vae(it.no_run),
-        r".*no_run\.pt is no checkpoint of a run: 'model_config' is missing or incomplete",
+        r".*no_run\.pt is no checkpoint of a run: 'train_config' is missing or incomplete",
     ),
     (
         lambda it: load_vae(it.other_version),
@@ -596,10 +580,10 @@ SCRIPTS = {
     "run.py": [
         ("--prior diffuson", "unknown prior 'diffuson': choose one of gaussian, mixture, .*"),
         ("--prior gaussian --schedule sqrt", "unknown schedule 'sqrt': choose one of .*"),
-        ("--prior gaussian --num-timesteps 0", "num_timesteps must be .* >= 1, got 0"),
-        ("--dataset imagenet", "argument --dataset: invalid choice: 'imagenet' .*"),
+        ("--prior flow --num-timesteps 9", "prior='flow' has no use for num_timesteps, .*"),
+        ("--dataset imagenet", "unknown data set 'imagenet': choose one of .*"),
         ("--dataset folder --root {missing}", "root='.*missing' is not a folder: give .*"),
-        ("--dataset folder --root {images} --image-size 7", "image_shape must have H = W in .*"),
+        ("--dataset folder --root {images} --image-size 7", "images of 7 x 7 pixels: .*"),
         ("--dataset mnist --root {empty} --no-download", "--dataset mnist: could not read .*"),
         ("--groups {file}", "groups='.*' is for the data set 'folder', not 'digits': .*"),
         ("--limit 0", "limit must be a whole number >= 1, got 0"),
@@ -609,10 +593,10 @@ SCRIPTS = {
         ("--num-components 0", "num_components must be a whole number >= 1, got 0"),
         ("--prior-width 0", "prior_width must be a whole number >= 1, got 0"),
         ("--networks paper", r"image_shape must have 32 or 64 pixels a side, got \(1, 8, 8\)"),
-        ("--likelihood poisson", "name must be one of gaussian, .*, got 'poisson'"),
-        ("--epochs -1", "epochs must be positive and finite, got -1"),
-        ("--epochs 0", "epochs must be positive and finite, got 0"),
-        ("--batch-size 0", "batch_size must be positive and finite, got 0"),
+        ("--likelihood poisson", "unknown likelihood 'poisson': choose one of .*"),
+        ("--epochs -1", "epochs must be a whole number >= 0, got -1"),
+        ("--epochs 0", "epochs must be positive, got 0"),
+        ("--batch-size 0", "batch_size must be a whole number >= 1, got 0"),
         ("--lr nan", "lr must be positive and finite, got nan"),
         ("--lr -1", r"lr must be positive and finite, got -1\.0"),
         ("--warmup -1", "warmup must be a whole number >= 0, got -1"),
@@ -622,13 +606,12 @@ SCRIPTS = {
         ("--k 0", "k must be a whole number >= 1, got 0"),
         ("--num-particles 0", "num_particles must be a whole number >= 1, got 0"),
         ("--estimator iwae", "unknown estimator 'iwae': choose one of timestep, trace, .*"),
-        (
-            "--weighting simple --conditioning x",
-            "the weightings 'simple' and 'paper' are defined for .*",
-        ),
+        ("--weighting simple --conditioning x", "weighting='simple' is defined for .*"),
+        ("--estimator trace-kl --timesteps all", "estimator='trace-kl' has no use for timesteps.*"),
+        ("--condition labels --networks paper", "networks='paper' take no labels: .*"),
         ("--snapshots -1", "each of snapshots must be a whole number >= 0, got -1"),
         ("--snapshots 9", "each of snapshots must be at most the number of epochs, 1, got 9"),
-        ("--test-k -1", "--test-k must be a whole number >= 0, got -1"),
+        ("--test-k -1", "test_k must be a whole number >= 0, got -1"),
         ("--features pixels --num-images 1", "a Fréchet distance needs at least 2 images, .*"),
         ("--features inception --fid-weights {file}", ".*file does not hold .* weights.*"),
         ("--init {missing}", "no checkpoint at .*missing"),
@@ -639,7 +622,7 @@ SCRIPTS = {
         ("--out {run}", "--out .* holds a run already: continue it with --resume, or .*"),
         ("--resume", r"no checkpoint at .*checkpoint\.pt"),
         ("--out {run} --resume --lr 1", r"cannot resume .* with lr=1\.0: the run was .*"),
-        ("--out {run} --resume --prior gaussian", "cannot resume .* with prior='gaussian': .*"),
+        ("--out {run} --resume --likelihood bernoulli", "cannot resume .* with likelihood=.*"),
         ("--out {only_best} --resume", "cannot resume .*: it has no 'optim', as if .*"),
         ("--epoch-s 3", "unrecognized arguments: --epoch-s 3"),
     ],
@@ -725,13 +708,13 @@ SCRIPTS = {
     "by_hand.py": [
         (
             lambda by_hand, it: by_hand.ByHand(it.gaussian),
-            "vae must have a diffusion prior with reverse_variance='beta' .*, got GaussianPrior",
+            "vae must have a diffusion prior of 2 timesteps or more, got GaussianPrior.*",
         ),
         (lambda by_hand, it: by_hand.ByHand(it.vae, k=3), "k must be even, .*, got 3"),
-        (lambda by_hand, it: by_hand.ByHand(it.vae, k=0), "k must be .* >= 2 .*, got 0"),
+        (lambda by_hand, it: by_hand.ByHand(it.vae, k=0), "k must be even, .*, got 0"),
         (
             lambda by_hand, it: by_hand.ByHand(it.bernoulli),
-            "vae must have a Gaussian likelihood with a shared sigma, got BernoulliLikelihood.*",
+            "vae must have .* and a Gaussian likelihood with a shared sigma, got .*Bernoulli.*",
         ),
     ],
 }

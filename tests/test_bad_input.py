@@ -70,7 +70,7 @@ def it(tmp_path_factory):
 
     models = {"prior": "diffusion"}, {"prior": "gaussian"}, {"likelihood": "bernoulli"}
     it.vae, it.gaussian, it.bernoulli = (trainer(model).vae for model in models)
-    it.x = preprocess(it.vae, it.images_, 17)
+    it.x = preprocess(it.vae, it.images_)
 
     # Damaged and foreign files
     shutil.copytree(it.run, it.damaged)

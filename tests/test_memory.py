@@ -40,11 +40,14 @@ def make_step(prior, timesteps="importance"):
     vae = make_vae(ModelConfig(prior, num_timesteps=5, **TINY))
     optim = TorchOptim(torch.optim.Adam(vae.parameters(), lr=1e-3))
     elbo = Timestep_ELBO(timesteps, k=2)
-    svi, x = (
-        make_svi(per_datum(vae.model), per_datum(vae.guide), optim, elbo),
-        torch.rand(2, 1, 8, 8),
-    )
-    return lambda: svi.step(x)
+    svi = make_svi(per_datum(vae.model), per_datum(vae.guide), optim, elbo)
+    x = torch.rand(2, 1, 8, 8)
+
+    def step():
+        svi.step(x)
+        return svi.loss.terms
+
+    return step
 
 
 def live():
