@@ -17,8 +17,7 @@ from scripts import EXPERIMENTS, script_errors
 
 import pyro_vaediff
 from pyro_vaediff.data import load
-from pyro_vaediff.evaluate import FeatureStatistics, load_extractor, reference_statistics
-from pyro_vaediff.evaluate import Extractor
+from pyro_vaediff.evaluate import Extractor, FeatureStatistics, load_extractor, reference_statistics
 from pyro_vaediff.files import read_json
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.train import load_checkpoint, save_checkpoint

@@ -11,8 +11,7 @@ from errors import one_line_value_error
 
 from pyro_vaediff import VAE, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.data import load
-from pyro_vaediff.evaluate import kl_by_timestep
-from pyro_vaediff.evaluate import evaluate, preprocess
+from pyro_vaediff.evaluate import evaluate, kl_by_timestep, preprocess
 from pyro_vaediff.infer import check_mean_field, elbo_terms, make_elbo
 from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.train.build import make_vae
