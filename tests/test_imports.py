@@ -17,6 +17,7 @@ LAYERS = (
     {"schedules", "register", "files"},
     {"diffusion"},
     {"nn"},
+    {"denoise"},
     {"likelihoods"},
     {"priors"},
     {"vae"},
@@ -24,7 +25,7 @@ LAYERS = (
     {"sampling", "testing"},
     {"evaluate"},
     {"train"},
-    {"bench"},
+    {"bench", "__main__"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
