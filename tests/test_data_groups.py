@@ -334,7 +334,7 @@ def test_a_run_is_evaluated_on_its_own_splits(make_trainer, tmp_path):
     trainer.fit(progress=False)
     images = tmp_path / "images"
     again = load_data(trainer.out, images, groups=str(listed))
-    assert all(map(torch.equal, splits(again), splits(trainer.data)))
+    assert all(map(torch.equal, splits(again), splits(load("folder", images, groups=listed))))
     digest = hashlib.sha256(listed.read_bytes()).hexdigest()[:16]
     was = rf"trained with groups=groups\.txt \(sha256 {digest}\), not"
     with one_line_value_error(f"{was} None; give the list"):
@@ -348,17 +348,12 @@ def test_a_run_is_evaluated_on_its_own_splits(make_trainer, tmp_path):
             make_trainer(groups).resume()
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_a_run_without_groups_stays_without(make_trainer, tmp_path, monkeypatch, older):
+def test_a_run_without_groups_stays_without(make_trainer, tmp_path):
     listed = write_list(tmp_path / "groups.txt")
     trainer = make_trainer(None)
-    if older:
-        settings = trainer.settings()
-        del settings["data"]["groups"]
-        monkeypatch.setattr(trainer, "settings", lambda: settings)
     trainer.fit(progress=False)
     again = load_data(trainer.out, tmp_path / "images")
-    assert all(map(torch.equal, splits(again), splits(trainer.data)))
+    assert all(map(torch.equal, splits(again), splits(load("folder", tmp_path / "images"))))
     with one_line_value_error(r"trained with groups=None, not groups\.txt"):
         load_data(trainer.out, tmp_path / "images", groups=listed)
     make_trainer(None).resume()

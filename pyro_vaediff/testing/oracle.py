@@ -45,7 +45,7 @@ class Oracle:
     oracle is for short chains.
 
     Arguments:
-        vae: The VAE, such as :func:`~pyro_vaediff.bench.linear_gaussian_vae` makes.
+        vae: The VAE, such as :func:`~pyro_vaediff.testing.linear_gaussian_vae` makes.
         x: The data, with shape :math:`(B, X)`, and with the dtype and the device of the VAE.
 
     Raises:

@@ -46,6 +46,7 @@ from ..data import ImageData, load
 from ..evaluate import Extractor, load_extractor, value_elbo
 from ..files import check_folder, write_json
 from ..infer import make_elbo, particle_options
+from ..nn import check_image_size
 from . import distributed
 from .config import DataConfig, EstimatorConfig, ModelConfig, ReportConfig, RunConfig, TrainConfig
 from .loop import Trainer
@@ -173,6 +174,8 @@ def choose_extractor(config: Config, device: torch.device) -> Extractor | None:
 
 def load_images(config: DataConfig) -> ImageData:
     r"""Returns the images; what the first process downloads, the others find."""
+    if config.image_size is not None:
+        check_image_size(config.image_size)
     with distributed.in_turns():
         return load(
             config.dataset,
