@@ -270,11 +270,13 @@ class Schedule(Tables):
             Real numbers in :math:`[1, T]`, with shape :math:`(*)`: whole ones for the log-SNR of
             the grid, and interpolated linearly between them.
         """
-        table = -self.original("log_snr")[1:].to(log_snr.device)
+        table = -self.log_snr[1:]
         if len(table) == 1:
             return torch.ones_like(log_snr)
-        value = -log_snr.double()
-        upper = torch.searchsorted(table, value.contiguous()).clamp(1, len(table) - 1)
+        value = -log_snr.to(table.dtype)
+        # Not of a single number, whose value would be read from the device.
+        upper = torch.searchsorted(table, value.reshape(-1)).reshape(value.shape)
+        upper = upper.clamp(1, len(table) - 1)
         low, high = table[upper - 1], table[upper]
         return (upper + ((value - low) / (high - low)).clamp(0, 1)).to(log_snr.dtype)
 

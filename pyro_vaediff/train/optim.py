@@ -201,15 +201,15 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         r"""Moves the average towards a model; the first update copies it."""
-        weight = 1 - self.decay if self.count else 1.0
         ours, theirs = [], []
         for name, x in model.state_dict().items():
-            if x.is_floating_point():
+            if x.is_floating_point() and self.count:
                 ours.append(self.values[name])
                 theirs.append(x)
-            else:  # such as a number of batches
+            else:  # such as a number of batches, and all of the first model
                 self.values[name].copy_(x)
-        torch._foreach_lerp_(ours, theirs, weight)
+        if ours:
+            torch._foreach_lerp_(ours, theirs, 1 - self.decay)
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
