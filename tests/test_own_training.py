@@ -15,7 +15,7 @@ from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluate import evaluate
 from pyro_vaediff.likelihoods import GaussianLikelihood
-from pyro_vaediff.train import TrainConfig, Trainer, load_vae, load_weights
+from pyro_vaediff.train import TrainConfig, Trainer, load_data, load_vae, load_weights
 from pyro_vaediff.train.optim import WeightAverage
 from pyro_vaediff.train.report import report
 
@@ -129,6 +129,57 @@ def test_budgets(monkeypatch, options, epochs, steps):
     before = copy.deepcopy(run.history)
     run.fit(progress=False)
     assert run.history == before  # it is finished
+
+
+def test_patience_waits_for_a_validation(monkeypatch):
+    run, losses = (
+        trainer(options={"epochs": 9, "patience": 2, "validate_every": 4}),
+        [3.0, 2.0, 9.0],
+    )
+    original = run.validate
+
+    def validate(epoch):
+        if epoch in (1, 4, 8):
+            return losses.pop(0)
+        return original(epoch)
+
+    monkeypatch.setattr(run, "validate", validate)
+    run.fit(progress=False)
+    assert [record["validation"] for record in run.history] == [3.0] * 3 + [2.0] * 4 + [9.0]
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 10}, {"max_seconds": 50.0}], ids=str)
+def test_the_last_epoch_is_validated_whichever_budget_ends_it(monkeypatch, budget):
+    run = trainer(options={"epochs": 99, "validate_every": 50} | budget)
+    if "max_seconds" in budget:  # over in the third epoch
+        monkeypatch.setattr(run, "is_late", lambda seconds: run.steps >= 10)
+    run.fit(progress=False)
+    last, first = run.history[-1]["validation"], run.history[0]["validation"]
+    assert (len(run.history), run.steps) == (3, 10)
+    assert last < first
+    state = run.best_model().state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in run.vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options, optimizer, name",
+    [
+        ({"max_steps": 8, "lr_schedule": "cosine"}, torch.optim.AdamW, "max_steps"),
+        ({"max_steps": 4, "lr_schedule": "cosine"}, torch.optim.SGD, "optimizer"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_schedule_or_optimizer(
+    tmp_path, options, optimizer, name
+):
+    trainer(tmp_path, options={"max_steps": 4, "lr_schedule": "cosine"}).fit(progress=False)
+    with one_line_value_error(name):
+        trainer(tmp_path, options=options, make_optimizer=optimizer).resume()
+
+
+def test_the_data_of_a_run_without_a_configuration_cannot_be_loaded(tmp_path):
+    trainer(tmp_path, options={"epochs": 1}).fit(progress=False)
+    with one_line_value_error("model_config"):
+        load_data(tmp_path)
 
 
 def test_the_cosine_ends_with_the_last_step():

@@ -200,9 +200,9 @@ class Trainer(SavedRun):
                 start, epoch = time.perf_counter(), len(self.history) + 1
                 bar.set_description(f"epoch {epoch}/{self.total_epochs}")
                 record = {"epoch": epoch} | self.train_epoch(bar)
+                self.seconds += time.perf_counter() - start
                 record["validation"] = self.validate(epoch)
                 self.history.append(record)
-                self.seconds += time.perf_counter() - start
                 self._rng = self.rng_state()
                 self.save()
                 if self.on_epoch is not None and distributed.is_main():
@@ -274,8 +274,11 @@ class Trainer(SavedRun):
         Arguments:
             epoch: The number of the epoch, from 1.
         """
-        if epoch % self.config.validate_every and epoch < self.total_epochs and self.history:
+        every = self.config.validate_every
+        # The last epoch is always validated, whichever budget ends the run.
+        if epoch % every and self.history and not self.is_spent(epoch):
             return self.history[-1]["validation"]
+        start = time.perf_counter()
         split, seed = self.data.validation, 0
         x, c = (None if t is None else distributed.share(t) for t in (split.x, split.c))
         if distributed.size() > 1:
@@ -290,4 +293,5 @@ class Trainer(SavedRun):
             raise NonFiniteError(
                 f"the validation loss is {float(loss)} after epoch {epoch}{self.whereabouts()}"
             )
+        self.seconds += time.perf_counter() - start
         return float(loss)

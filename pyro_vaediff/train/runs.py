@@ -157,6 +157,8 @@ def load_data(
         ValueError: If ``groups`` is not the run's own, which would give other splits.
     """
     state = load_run(path)
+    if not state.get("model_config"):
+        raise ValueError(f"{path} has no model_config: load the data as it was trained on them")
     channels, size, _ = state["model_config"]["image_shape"]
     name, listed = state["data"]["dataset"], state["data"]["groups"]
     given = None if groups is None else list_name(groups)
@@ -178,11 +180,11 @@ def compare_settings(path: Path, saved: Mapping[str, Any], mine: Mapping[str, An
         mine: The settings of the run that resumes it.
     """
     config = mine["train_config"]
-    # More epochs continue a run, unless its learning rate depends on their number.
+    # More epochs or steps continue a run, unless its learning rate depends on their number.
     last = "prior_epochs" if config["prior_epochs"] else "epochs"
-    free = {"max_steps", "max_seconds", "patience"}
+    free = {"max_seconds", "patience"}
     if config["lr_schedule"] == "constant":
-        free.add(last)
+        free |= {last, "max_steps"}
     for part, settings in mine.items():
         for name, value in (saved.get(part) or {}).items():
             if name not in free and settings.get(name) != value:

@@ -97,11 +97,20 @@ class SavedRun:
     def is_finished(self) -> bool:
         r"""Returns whether the budget is spent, or validation has not improved for too long."""
         config, done = self.config, len(self.history)
-        stale = done - self.best_epoch() if done else 0
+        # Epochs that were not validated cannot tell.
+        validated = done > 0 and done % config.validate_every == 0
+        if config.patience is not None and validated:
+            stale = done - self.best_epoch() >= config.patience
+        else:
+            stale = False
+        return stale or self.is_spent(done)
+
+    def is_spent(self, epochs: int) -> bool:
+        r"""Returns whether the budget is spent after a number of epochs."""
+        limit = self.config.max_steps
         return (
-            done >= self.total_epochs
-            or (config.max_steps is not None and self.steps >= config.max_steps)
-            or (config.patience is not None and stale >= config.patience)
+            epochs >= self.total_epochs
+            or (limit is not None and self.steps >= limit)
             or self.is_late(self.seconds)
         )
 
@@ -167,6 +176,7 @@ class SavedRun:
                 "context": self.data.train.c is not None,
             },
             "estimator": describe_elbo(self.elbo),
+            "optimizer": {"optimizer": type(self.optim.optimizer).__name__},
         }
 
     def state_dict(self) -> dict[str, Any]:
