@@ -21,7 +21,7 @@ from .priors import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, Prio
 from .register import register
 from .vae import VAE
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "VAE",

@@ -277,7 +277,7 @@ class Schedule(Tables):
         # Not of a single number, whose value would be read from the device.
         upper = torch.searchsorted(table, value.reshape(-1)).reshape(value.shape)
         upper = upper.clamp(1, len(table) - 1)
-        low, high = table[upper - 1], table[upper]
+        low, high = table.take(upper - 1), table.take(upper)
         return (upper + ((value - low) / (high - low)).clamp(0, 1)).to(log_snr.dtype)
 
     @property

@@ -138,8 +138,8 @@ def frechet_distances(
         c: The context of the test images and of as many samples, with shape :math:`(N, *)`.
 
     Returns:
-        The distances by what they are of, and what they are: ``"label"``, ``"samples"``,
-        ``"reconstructions"``, ``"num_images"`` and ``"reference"``.
+        The distances of samples and of reconstructions, with the entries ``"label"``,
+        ``"samples"``, ``"reconstructions"``, ``"num_images"`` and ``"reference"``.
     """
     if (space := vae.space) is None:
         raise ValueError("vae.space is None: Fréchet distances need a PixelSpace")

@@ -34,7 +34,7 @@ __all__ = [
     "TrainConfig",
 ]
 
-#: The denoisers by name: the backbones, and a residual one that is preconditioned.
+#: The denoisers that a configuration knows, which are the backbones and a preconditioned one.
 DENOISERS = (*BACKBONES, "preconditioned")
 DIFFUSION = {"prior": ("diffusion",)}  # who has a use for an option
 TIMESTEP, TERMS = {"estimator": ("timestep",)}, {"estimator": ("timestep", "trace-kl")}

@@ -27,7 +27,7 @@ from .saving import NonFiniteError, Record, SavedRun, describe
 from .splits import Splits
 from .start import initialize
 
-__all__ = ["NonFiniteError", "Trainer"]
+__all__ = ["Trainer"]
 
 
 class Trainer(SavedRun):

@@ -1,6 +1,6 @@
 r"""Options from dataclasses: a field is an option of the command line, its help and its check.
 
-A thin layer over :mod:`argparse`. Larger libraries parse nested configurations as dotted names
+A thin layer over ``argparse``. Larger libraries parse nested configurations as dotted names
 (``--prior.num_timesteps``); here the names are flat, as they are in the TOML presets.
 """
 

@@ -30,7 +30,7 @@ from .runs import (
 )
 from .splits import Splits
 
-__all__ = ["NonFiniteError", "SavedRun", "describe"]
+__all__ = ["SavedRun", "describe"]
 
 Record = dict[str, float]
 
