@@ -21,7 +21,10 @@ def run(request, device_name, tmp_path_factory):
     r"""A run directory, evaluated, with what was printed."""
     out = tmp_path_factory.mktemp("runs") / request.param
     options = {"prior": request.param, "epochs": 1, "limit": 60, "latent-dim": 2, "width": 4}
-    options |= {"num-components": 3, "num-timesteps": 10, "features": "none", "out": out}
+    options |= {"features": "none", "out": out}
+    options |= {"mixture": {"num-components": 3}, "diffusion": {"num-timesteps": 10}}.get(
+        request.param, {}
+    )
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     call("run.py", "--device", device_name, *words)
     printed = call("evaluate.py", out, *TINY, "--device", device_name)

@@ -225,7 +225,7 @@ def test_it_is_a_prior_of_somebodys_model(device):
         pyro.sample("y", dist.Normal(pyro.sample("z", p_z), 1.0).to_event(1), obs=y)
 
     start = init_to_value(values={"z": torch.zeros(2, device=device)})
-    for make, steps in ((AutoDelta, 60), (AutoNormal, 150)):
+    for make, steps in ((AutoDelta, 150), (AutoNormal, 150)):
         guide = make(model, init_loc_fn=start)
         options = {"optim_args": {"lr": 0.15}, "gamma": 0.01 ** (1 / steps)}
         optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam} | options)

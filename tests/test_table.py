@@ -273,7 +273,7 @@ BAD_PRESETS = {
     "[rows.'a/b']\n": "[rows.a/b]: a name has letters, digits and . _ - only",
     "rows.b = 3\n": "rows.b must be a table, [rows.b], got 3",
     "[datasets.mine]\n": "[datasets.mine] needs dataset = one of digits, ",
-    "[datasets.b]\ndataset = 'imagenet'\n": "argument --dataset: invalid choice: 'imagenet'",
+    "[datasets.b]\ndataset = 'imagenet'\n": "unknown data set 'imagenet'",
     "[datasets.b]\nlatent-dims = 3\n": "latent-dims of b must be a list of different integers >= 1",
     "reference = 'vamp'\n": "reference has the unknown name 'vamp'",
     "overrides = 3\n": "overrides must be tables, [[overrides]], got 3",
