@@ -10,8 +10,20 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["as_shape", "check_choice", "check_seed", "check_whole", "exit_on_error", "folder"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "as_shape",
+    "check_choice",
+    "check_ends",
+    "check_seed",
+    "check_whole",
+    "exit_on_error",
+    "folder",
+]
 
 
 def check_whole(argument: str, value: object, least: int = 1, why: str = "") -> None:
@@ -40,6 +52,12 @@ def as_shape(argument: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     for size in sizes:
         check_whole(argument if len(sizes) == 1 else f"each number in {argument}", size)
     return tuple(int(size) for size in sizes)
+
+
+def check_ends(argument: str, x: Tensor, shape: Sequence[int]) -> None:
+    r"""Raises a ``ValueError`` unless the shape of a tensor ends in the given one."""
+    if tuple(x.shape[-len(shape) :]) != tuple(shape):
+        raise ValueError(f"{argument} must end in shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
 def is_whole(value: object, least: int, below: float = math.inf) -> bool:

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import check_choice
+from .arguments import check_choice, check_ends
 from .diffusion import normal
+from .nn.modes import eval_mode
 from .schedules import Schedule, Tables, Times, at_time, is_index
 
 __all__ = [
@@ -97,6 +98,14 @@ REVERSE_VARIANCES: dict[str, type[ReverseVariance]] = {
     "beta_tilde": BetaTilde,
     "learned": Learned,
 }
+
+
+def make_reverse_variance(variance: str | ReverseVariance) -> ReverseVariance:
+    r"""Returns the reverse variance of that name, or the given one."""
+    if isinstance(variance, ReverseVariance):
+        return variance
+    check_choice("reverse_variance", variance, REVERSE_VARIANCES)
+    return REVERSE_VARIANCES[variance]()
 
 
 class Preconditioning(nn.Module):
@@ -192,9 +201,6 @@ class Denoiser(nn.Module):
     ):
         super().__init__()
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
-        if not isinstance(reverse_variance, ReverseVariance):
-            check_choice("reverse_variance", reverse_variance, REVERSE_VARIANCES)
-            reverse_variance = REVERSE_VARIANCES[reverse_variance]()
         if preconditioning and parameterization != "eps":
             raise ValueError(
                 f"a preconditioned denoiser predicts 'eps': parameterization must be 'eps', got "
@@ -202,7 +208,8 @@ class Denoiser(nn.Module):
             )
         self.event_shape, self.event_dim = torch.Size(event_shape), len(event_shape)
         self.backbone, self.schedule = backbone, schedule
-        self.parameterization, self.variance = parameterization, reverse_variance
+        self.parameterization = parameterization
+        self.variance = make_reverse_variance(reverse_variance)
         self.preconditioning = Preconditioning(event_shape) if preconditioning else None
         self._home = schedule.original("times")  # the grid that the network is trained on
         self.kernel = Tables(self.tables(self._home))
@@ -244,8 +251,7 @@ class Denoiser(nn.Module):
 
     def network(self, z: Tensor, t: Times, c: Tensor | None = None) -> tuple[Tensor, ...]:
         r"""Returns the outputs of the network, in full precision also under autocast."""
-        if z.shape[-self.event_dim :] != self.event_shape:
-            raise ValueError(f"z must end in shape {tuple(self.event_shape)}, got {tuple(z.shape)}")
+        check_ends("z", z, self.event_shape)
         schedule = self.schedule
         log_snr = at_time(schedule.log_snr, t, 0) if is_index(t) else schedule.log_snr_at(t)
         log_snr = log_snr.to(z)
@@ -370,11 +376,8 @@ class Denoiser(nn.Module):
         inputs = [like.new_zeros(2, *self.event_shape), like.new_zeros(2)]
         if context_features:
             inputs.append(like.new_zeros(2, context_features))
-        modes = {module: module.training for module in self.backbone.modules()}
-        self.backbone.eval()  # the statistics of a BatchNorm stay as they are
-        outputs = self.backbone(*inputs)
-        for module, training in modes.items():
-            module.training = training
+        with eval_mode(self.backbone):  # the statistics of a BatchNorm stay as they are
+            outputs = self.backbone(*inputs)
         expected = self.variance.num_outputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         shapes = [tuple(out.shape) if isinstance(out, Tensor) else type(out) for out in outputs]

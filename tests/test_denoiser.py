@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vaediff.denoise import REVERSE_VARIANCES, Denoiser
+from pyro_vaediff.denoise import REVERSE_VARIANCES, Denoiser, Learned
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.likelihoods.distributions import Normal
 from pyro_vaediff.nn import BACKBONES, make_backbone
@@ -159,3 +159,11 @@ def test_the_probability_flow_of_a_preconditioned_prior_has_the_density_of_its_m
 def test_preconditioning_is_for_a_network_that_predicts_the_noise():
     with pytest.raises(ValueError, match=r"^a preconditioned denoiser predicts 'eps'.* got 'v'$"):
         DiffusionPrior(2, T, parameterization="v", preconditioning=True)
+
+
+def test_a_variance_is_given_by_its_name_or_as_an_object():
+    shapes = [
+        {name: p.shape for name, p in DiffusionPrior(3, 4, reverse_variance=v).named_parameters()}
+        for v in ("learned", Learned())
+    ]
+    assert shapes[0] == shapes[1]

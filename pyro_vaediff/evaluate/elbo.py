@@ -17,6 +17,7 @@ from ..arguments import check_seed, check_whole
 from ..infer import Reweighted, Timestep_ELBO, elbo_terms
 from ..infer.terms import differentiable_terms
 from ..likelihoods import check_range
+from ..nn.modes import eval_mode
 from ..vae import VAE
 
 __all__ = [
@@ -207,11 +208,5 @@ def in_eval_mode(vae: VAE) -> Iterator[None]:
 
     What its programs register is not left in the global parameter store.
     """
-    modes = {module: module.training for module in vae.modules()}
-    vae.eval()
-    try:
-        with pyro.get_param_store().scope():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(vae), pyro.get_param_store().scope():
+        yield

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from ..arguments import check_ends
 from ..nn.scale import upcast
 from .spaces import PixelSpace
 
@@ -54,8 +55,7 @@ class Likelihood(nn.Module):
             ValueError: If the last three dimensions of ``params`` are not as above.
         """
         expected = (self.num_maps, *self.image_shape[1:])
-        if params.shape[-3:] != expected:
-            raise ValueError(f"params must end in shape {expected}, got {tuple(params.shape)}")
+        check_ends("params", params, expected)
         p_x = self._distribution(upcast(params))
         # Pyro's to_event would unwrap a distribution of images down to that of the pixels.
         return p_x if p_x.event_dim == 3 else p_x.to_event(3)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ..arguments import check_choice, check_whole
+from ..arguments import check_choice, check_ends, check_whole
 from .vectors import Head, check_scales, gaussian, with_context
 
 __all__ = ["ConvDecoder", "ConvEncoder", "check_image_size"]
@@ -114,8 +114,7 @@ class ConvEncoder(nn.Module):
         Raises:
             ValueError: If the last three dimensions of ``x`` are not as above.
         """
-        if x.shape[-3:] != self.image_shape:
-            raise ValueError(f"x must end in shape {self.image_shape}, got {tuple(x.shape)}")
+        check_ends("x", x, self.image_shape)
 
         # Convolutions take one batch dimension; vectorized particles bring more of them.
         flat = F.pad(x.reshape(-1, *self.image_shape), self.pad)
@@ -194,8 +193,7 @@ class ConvDecoder(nn.Module):
         Raises:
             ValueError: If the last dimension of ``z`` is not D.
         """
-        if z.shape[-1:] != (self.latent_dim,):
-            raise ValueError(f"z must end in shape ({self.latent_dim},), got {tuple(z.shape)}")
+        check_ends("z", z, (self.latent_dim,))
 
         h = with_context(z, c, self.context_features)
         maps = F.pad(self.maps(h.reshape(-1, h.shape[-1])), self.pad)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ..arguments import as_shape, check_whole
+from ..arguments import as_shape, check_ends, check_whole
 from .vectors import Head, check_scales, gaussian, with_context
 
 __all__ = ["MLPDecoder", "MLPEncoder", "mlp"]
@@ -100,8 +100,7 @@ class MLPEncoder(nn.Module):
             ValueError: If the last dimensions of ``x`` are not as above.
         """
         dims = len(self.shape)
-        if x.shape[-dims:] != self.shape:
-            raise ValueError(f"x must end in shape {self.shape}, got {tuple(x.shape)}")
+        check_ends("x", x, self.shape)
         h = x.reshape(*x.shape[:-dims], math.prod(self.shape))
         h = with_context(h, c, self.context_features)
         return gaussian(self.net(h), self.min_scale, self.max_scale)
@@ -147,7 +146,6 @@ class MLPDecoder(nn.Module):
         Raises:
             ValueError: If the last dimension of ``z`` is not D.
         """
-        if z.shape[-1:] != (self.latent_dim,):
-            raise ValueError(f"z must end in shape ({self.latent_dim},), got {tuple(z.shape)}")
+        check_ends("z", z, (self.latent_dim,))
         maps = self.net(with_context(z, c, self.context_features))
         return self.likelihood(maps.reshape(*z.shape[:-1], *self.maps_shape))

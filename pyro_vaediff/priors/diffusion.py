@@ -11,7 +11,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
 from ..arguments import check_choice
-from ..denoise import Denoiser, ReverseVariance
+from ..denoise import Denoiser, ReverseVariance, make_reverse_variance
 from ..diffusion import Start, q_marginal, q_reverse, q_step
 from ..nn.backbones import make_backbone
 from ..register import register
@@ -83,12 +83,13 @@ class DiffusionPrior(Prior):
         check_choice("order", order, ORDERS)
         if denoiser is None:
             schedule = make_schedule(schedule, num_timesteps)
+            reverse_variance = make_reverse_variance(reverse_variance)
             if backbone is None:
                 backbone = make_backbone(
                     "residual",
                     self.event_shape,
                     schedule,
-                    num_outputs=2 if reverse_variance == "learned" else 1,
+                    num_outputs=reverse_variance.num_outputs,
                     context_features=context_features,
                 )
             denoiser = Denoiser(
