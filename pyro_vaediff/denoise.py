@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_ends
@@ -318,14 +317,11 @@ class Denoiser(nn.Module):
 
     def step(self, t: Tensor, s: Tensor) -> dict[str, Tensor]:
         r"""Returns the coefficients of a reverse kernel that the network was trained for."""
-
-        # At time zero, the latents are clean, whatever the schedule says of its limit.
-        log_snr_t, log_snr_s = (torch.where(u > 0, self.schedule(u), torch.inf) for u in (t, s))
-        beta = -torch.expm1(F.logsigmoid(log_snr_t) - F.logsigmoid(log_snr_s))
-        one_minus, one_minus_s = torch.sigmoid(-log_snr_t), torch.sigmoid(-log_snr_s)
-        previous = torch.sigmoid(log_snr_s)
-        alpha, beta_tilde = 1 - beta, beta * one_minus_s / one_minus
-        a, b = alpha.sqrt() * one_minus_s / one_minus, previous.sqrt() * beta / one_minus
+        beta, beta_tilde = self.schedule.variances(t, s)
+        log_snr_t, log_snr_s = (self.schedule.log_snr_at(u) for u in (t, s))
+        one_minus, alpha = torch.sigmoid(-log_snr_t), 1 - beta
+        a = alpha.sqrt() * torch.sigmoid(-log_snr_s) / one_minus
+        b = torch.sigmoid(log_snr_s).sqrt() * beta / one_minus
         gains = {
             "mu": torch.ones_like(b),
             "z0": b,

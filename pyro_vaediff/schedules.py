@@ -151,9 +151,10 @@ class Schedule(Tables):
 
     def __init__(self, betas: Any):
         super().__init__()
-        betas = check_betas(betas)
-        self._path = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
-        self.discretize(torch.linspace(0, 1, len(betas) + 1, dtype=torch.float64))
+        # log alpha_t, the slopes of the path: its differences would be lost in its values
+        self._log_alphas = torch.log1p(-check_betas(betas))
+        self._path = F.pad(self._log_alphas.cumsum(0), (1, 0))
+        self.discretize(torch.linspace(0, 1, len(self._path), dtype=torch.float64))
 
     def forward(self, t: Tensor) -> Tensor:
         r"""Returns the log-SNR :math:`\lambda(t)`.
@@ -164,22 +165,53 @@ class Schedule(Tables):
         Returns:
             The log-SNR, with shape :math:`(*)`.
         """
+        step, part = self.locate(t)
         path = self._path.to(t)
-        position = t * (len(path) - 1)
+        log_alpha_bar = torch.lerp(path[step], path[step + 1], part)
+        return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+
+    def locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns the piece of the path that times are in, and the part of it that is passed."""
+        last = len(self._log_alphas) - 1
+        position = t * (last + 1)
         nearest = position.round()  # a time of the grid is on it, whatever its rounding
         position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
-        lower = position.detach().long().clamp(0, len(path) - 2)
-        log_alpha_bar = torch.lerp(path[lower], path[lower + 1], position - lower)
-        return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+        step = position.detach().long().clamp(0, last)
+        return step, position - step
+
+    def log_alpha(self, t: Tensor, s: Tensor) -> Tensor:
+        r"""Returns :math:`\log \bar\alpha_t - \log \bar\alpha_s` without cancellation.
+
+        Arguments:
+            t: The later times in :math:`[0, 1]`, in float64.
+            s: The earlier times; the latents of time zero are clean.
+        """
+        (i, u), (j, v) = self.locate(t), self.locate(s)
+        slopes, path = self._log_alphas.to(t), self._path.to(t)
+        across = slopes[i] * u + (path[i] - path[j + 1]) + slopes[j] * (1 - v)
+        return torch.where(i == j, slopes[i] * (u - v), across)
+
+    def variances(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns the variances of :math:`q(z_t | z_s)` and of :math:`q(z_s | z_t, z_0)`.
+
+        .. math:: \beta_{t|s} = 1 - \frac{\bar\alpha_t}{\bar\alpha_s}, \qquad \tilde\beta_{t|s} =
+            \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \beta_{t|s}
+
+        Arguments:
+            t: The later times, in float64.
+            s: The earlier times.
+        """
+        beta = -torch.expm1(self.log_alpha(t, s))
+        noise_t, noise_s = (torch.sigmoid(-self.log_snr_at(u)) for u in (t, s))
+        return beta, beta * (noise_s / noise_t).clamp(max=1)
 
     def discretize(self, times: Tensor) -> None:
         r"""Makes the tables of a grid of times, with shape :math:`(T + 1,)` and in float64."""
         with torch.no_grad():
-            log_snr = self(times).clone()
-        log_snr[0] = math.inf  # index 0 means the clean latents
-        log_alpha_bar, one_minus = F.logsigmoid(log_snr), torch.sigmoid(-log_snr)
-        betas = -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar[:1]))
-        tilde = (betas * one_minus.roll(1) / one_minus)[1:]  # 0 / 0 at t = 0, where there is none
+            log_snr = self.log_snr_at(times)
+            betas, tilde = self.variances(times[1:], times[:-1])
+        log_alpha_bar = F.logsigmoid(log_snr)
+        betas, tilde = F.pad(betas, (1, 0)), F.pad(tilde, (1, 0))
         self.tabulate(
             {
                 "times": times,
@@ -188,8 +220,8 @@ class Schedule(Tables):
                 "alphas": 1 - betas,
                 "alphas_cumprod": log_alpha_bar.exp(),
                 "log_alphas_cumprod": log_alpha_bar,
-                "one_minus_alphas_cumprod": one_minus,
-                "betas_tilde": torch.cat([betas[:1], tilde]),
+                "one_minus_alphas_cumprod": torch.sigmoid(-log_snr),
+                "betas_tilde": tilde,
             }
         )
 
@@ -250,15 +282,20 @@ class Schedule(Tables):
         """
         if s is None:
             return at_time(self.betas, t, event_dim)
-        log_t, log_s = (F.logsigmoid(self.log_snr_at(u)) for u in (t, s))
-        return -torch.expm1(log_t - log_s)[(...,) + (None,) * event_dim].to(self.betas)
+        log_alpha = self.log_alpha(*(self.time(u) for u in (t, s)))
+        return -torch.expm1(log_alpha)[(...,) + (None,) * event_dim].to(self.betas)
 
     def log_snr_at(self, t: Times) -> Tensor:
-        r"""Returns the log-SNR at indices or times, in float64."""
+        r"""Returns the log-SNR at indices or times, in float64 and infinite at time zero."""
+        t = self.time(t)
+        return torch.where(t > 0, self(t), torch.inf)  # the latents of time zero are clean
+
+    def time(self, t: Times) -> Tensor:
+        r"""Returns the times of indices or times, in float64."""
         if is_index(t):
-            table = self.original("log_snr")
-            return at_time(table.to(t.device) if isinstance(t, Tensor) else table, t, 0)
-        return self(torch.as_tensor(t, dtype=torch.float64, device=self.betas.device))
+            grid = self.original("times")
+            return at_time(grid.to(t.device) if isinstance(t, Tensor) else grid, t, 0)
+        return torch.as_tensor(t, dtype=torch.float64)
 
     def position(self, log_snr: Tensor) -> Tensor:
         r"""Returns where on the grid a log-SNR is: the inverse of the table ``log_snr``.
@@ -380,6 +417,11 @@ class LogSNRSchedule(Schedule):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.function(t)
+
+    def log_alpha(self, t: Tensor, s: Tensor) -> Tensor:
+        # The function knows no slopes.
+        log_t, log_s = (F.logsigmoid(self.log_snr_at(u)) for u in (t, s))
+        return log_t - log_s
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "cosine": CosineSchedule}

@@ -269,10 +269,10 @@ def test_float32_agrees_with_float64_term_by_term(device, options):
     likelihood = make_likelihood(options.pop("likelihood", "gaussian"), (1, 8, 8), 17)
     prior = DiffusionPrior(D, T, **options)
     # Not at zero, where the initial denoiser is.
-    torch.nn.init.normal_(prior.denoiser.outputs.weight, std=0.02)
+    torch.nn.init.normal_(prior.denoiser.backbone.outputs.weight, std=0.02)
     encoder, decoder = ConvEncoder((1, 8, 8), D, width=8), ConvDecoder(D, likelihood, width=8)
     vae = VAE(encoder, decoder, prior).to(device)
-    x = likelihood.preprocess(torch.randint(0, 17, (8, 1, 8, 8)).byte()).to(device)
+    x = likelihood.space(17).preprocess(torch.randint(0, 17, (8, 1, 8, 8)).byte()).to(device)
 
     elbo = Timestep_ELBO("all", conditioning=conditioning, entropy="exact")
     single = terms_of(vae, x, elbo)

@@ -397,7 +397,7 @@ ERRORS = [
     ({"precision": "float16"}, "unknown precision 'float16'"),
     ({"device": "tpu"}, "unknown device 'tpu'"),
     ({"dataset": "imagenet"}, "unknown data set 'imagenet'"),
-    ({"image_size": 7}, "the digits are 8x8 grey images"),
+    ({"image_size": 7}, "images of 7 x 7 pixels"),
     ({"limit": 0}, "limit must be a whole number >= 1, got 0"),
     ({"limit": 1}, "needs at least 2 images"),
     ({"num_images": 0}, "needs at least 2 images, got --num-images 0"),
