@@ -20,7 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_choice, check_ends
+from .arguments import as_shape, check_choice, check_ends
 from .diffusion import normal
 from .nn.modes import eval_mode
 from .schedules import Schedule, Tables, Times, at_time, is_index
@@ -182,7 +182,8 @@ class Denoiser(nn.Module):
             Gaussian with learned moments, see :class:`Preconditioning`. It predicts ``"eps"`` then,
             and :meth:`denoise` is :math:`E[z_0 | z_t]` of that Gaussian while the network returns
             zero, whatever the variance.
-        context_features: The number of features :math:`F` of the context.
+        context_features: The number of features :math:`F` of the context, or its shape, such as
+            :math:`(C, h, w)`; 0 for none.
 
     Raises:
         ValueError: If an option is unknown, or the backbone does not return what it must.
@@ -196,9 +197,10 @@ class Denoiser(nn.Module):
         parameterization: str = "eps",
         reverse_variance: str | ReverseVariance = "beta",
         preconditioning: bool = False,
-        context_features: int = 0,
+        context_features: int | Sequence[int] = 0,
     ):
         super().__init__()
+        self.context_shape = as_shape("context_features", context_features or 1)
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         if preconditioning and parameterization != "eps":
             raise ValueError(
@@ -212,7 +214,7 @@ class Denoiser(nn.Module):
         self.preconditioning = Preconditioning(event_shape) if preconditioning else None
         self._home = schedule.original("times")  # the grid that the network is trained on
         self.kernel = Tables(self.tables(self._home))
-        self.check_backbone(context_features)
+        self.check_backbone(bool(context_features))
 
     def forward(
         self, z: Tensor, t: Times, s: Times | None = None, c: Tensor | None = None
@@ -269,7 +271,8 @@ class Denoiser(nn.Module):
             inputs[0] = z.reshape(-1, *self.event_shape)
             inputs[1] = log_snr.expand(batch).reshape(-1)
             if c is not None:
-                inputs[2] = c.expand(*batch, c.shape[-1]).reshape(-1, c.shape[-1])
+                shape = c.shape[-len(self.context_shape) :]
+                inputs[2] = c.expand(*batch, *shape).reshape(-1, *shape)
         outputs = self.backbone(*(x.to(dtype) for x in inputs))
         if isinstance(outputs, Tensor):
             outputs = (outputs,)
@@ -366,12 +369,12 @@ class Denoiser(nn.Module):
             )
 
     @torch.no_grad()
-    def check_backbone(self, context_features: int) -> None:
+    def check_backbone(self, with_context: bool) -> None:
         r"""Raises a ``ValueError`` unless the backbone returns what it must."""
         like = next(self.backbone.parameters(), torch.zeros(()))
         inputs = [like.new_zeros(2, *self.event_shape), like.new_zeros(2)]
-        if context_features:
-            inputs.append(like.new_zeros(2, context_features))
+        if with_context:
+            inputs.append(like.new_zeros(2, *self.context_shape))
         with eval_mode(self.backbone):  # the statistics of a BatchNorm stay as they are
             outputs = self.backbone(*inputs)
         expected = self.variance.num_outputs

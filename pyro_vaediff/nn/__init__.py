@@ -10,8 +10,10 @@ from .backbones import (
     sinusoidal_embedding,
 )
 from .conv import ConvDecoder, ConvEncoder, check_image_size
+from .ladder import LadderEncoder, LadderPosterior, LadderStep, check_latent_groups, ladder_path
 from .mlp import MLPDecoder, MLPEncoder, mlp
 from .paper import paper_decoder, paper_encoder
+from .resnet import ResNetDecoder, ResNetEncoder, check_latent_shape
 from .scale import bounded_scale, upcast
 from .vectors import Head
 
@@ -20,14 +22,22 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "Head",
+    "LadderEncoder",
+    "LadderPosterior",
+    "LadderStep",
     "MLPBackbone",
     "MLPDecoder",
     "MLPEncoder",
+    "ResNetDecoder",
+    "ResNetEncoder",
     "ResidualMLP",
     "TimeAdapter",
     "bounded_scale",
     "check_image_size",
+    "check_latent_groups",
+    "check_latent_shape",
     "from_eps",
+    "ladder_path",
     "make_backbone",
     "mlp",
     "paper_decoder",

@@ -24,10 +24,20 @@ class Head(Protocol):
     def __call__(self, maps: Tensor, /) -> TorchDistribution: ...
 
 
-def gaussian(outputs: Tensor, min_scale: float, max_scale: float) -> TorchDistribution:
-    r"""Returns the Gaussian with the mean and the unconstrained scale that a network outputs."""
-    loc, raw = upcast(outputs).chunk(2, dim=-1)
-    return dist.Normal(loc, bounded_scale(raw, min_scale, max_scale)).to_event(1)
+def gaussian(
+    outputs: Tensor, min_scale: float, max_scale: float, event_dim: int = 1
+) -> TorchDistribution:
+    r"""Returns the Gaussian with the mean and the unconstrained scale that a network outputs.
+
+    Arguments:
+        outputs: The outputs, of which the first half along the first dimension of an event is the
+            mean.
+        min_scale: The lower bound of the scale.
+        max_scale: Its upper bound.
+        event_dim: The number of dimensions of an event.
+    """
+    loc, raw = upcast(outputs).chunk(2, dim=-event_dim)
+    return dist.Normal(loc, bounded_scale(raw, min_scale, max_scale)).to_event(event_dim)
 
 
 def check_scales(min_scale: float, max_scale: float) -> None:

@@ -4,6 +4,7 @@ from .base import Prior
 from .diffusion import DiffusionPrior
 from .flow import FlowPrior
 from .gaussian import GaussianPrior
+from .hierarchy import ConditionalGaussianPrior, HierarchicalPrior
 from .mixture import MixturePrior, VampPrior
 
 PRIORS: dict[str, type[Prior]] = {
@@ -16,9 +17,11 @@ PRIORS: dict[str, type[Prior]] = {
 
 __all__ = [
     "PRIORS",
+    "ConditionalGaussianPrior",
     "DiffusionPrior",
     "FlowPrior",
     "GaussianPrior",
+    "HierarchicalPrior",
     "MixturePrior",
     "Prior",
     "VampPrior",

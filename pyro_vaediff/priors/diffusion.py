@@ -51,7 +51,8 @@ class DiffusionPrior(Prior):
         preconditioning: Whether the network starts from a Gaussian with learned moments.
         order: The factorization of the guide, ``"forward"``, ``"posterior"`` or ``"reversed"``.
             All three are the same distribution.
-        context_features: The number of features :math:`F` of the context, 0 for none.
+        context_features: The number of features :math:`F` of the context, or its shape if it is an
+            image; 0 for none.
         denoiser: A whole :class:`~pyro_vaediff.denoise.Denoiser`, in place of what it is made of:
             all options from ``num_timesteps`` to ``preconditioning``.
 
@@ -76,7 +77,7 @@ class DiffusionPrior(Prior):
         reverse_variance: str | ReverseVariance = "beta",
         preconditioning: bool = False,
         order: str = "forward",
-        context_features: int = 0,
+        context_features: int | Sequence[int] = 0,
         denoiser: Denoiser | None = None,
     ):
         super().__init__(event_shape)

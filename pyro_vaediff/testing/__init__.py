@@ -1,9 +1,11 @@
-r"""The linear-Gaussian oracle: the exact ELBO, its terms and gradients, and the evidence.
+r"""Linear-Gaussian oracles: the exact ELBO, its terms and gradients, and the evidence.
 
 :func:`linear_gaussian_vae` makes a VAE whose networks are affine, and an :class:`Oracle` knows the
-expectation of every estimator of its ELBO: whoever writes an estimator can test it.
+expectation of every estimator of its ELBO: whoever writes an estimator can test it. For other
+linear-Gaussian programs, such as hierarchies, there is :func:`exact_elbo`.
 """
 
+from .cubature import exact_elbo
 from .linear_gaussian import LinearDenoiser, LinearGaussian, linear_gaussian_vae, one_copy_per_datum
 from .oracle import Oracle
 
@@ -11,6 +13,7 @@ __all__ = [
     "LinearDenoiser",
     "LinearGaussian",
     "Oracle",
+    "exact_elbo",
     "linear_gaussian_vae",
     "one_copy_per_datum",
 ]

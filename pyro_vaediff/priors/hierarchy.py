@@ -1,0 +1,143 @@
+r"""Hierarchies: groups of latents, each given those above, as one prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.contrib.autoname import scope
+from torch import Tensor, nn
+
+from ..diffusion import base_normal
+from ..nn.scale import bounded_scale, upcast
+from ..register import register
+from .base import Prior
+
+__all__ = ["ConditionalGaussianPrior", "HierarchicalPrior", "Posterior"]
+
+#: The lazy posterior of data: a function from the number of a group (from 1), the state of the path
+#: above it (``None`` for the first) and the normals of its prior, if that is a Gaussian given the
+#: state (else ``None``), to :math:`q(z^l | z^{<l}, x)`.
+Posterior = Callable[
+    [int, Tensor | None, torch.distributions.Normal | None], dist.TorchDistribution
+]
+
+
+class ConditionalGaussianPrior(Prior):
+    r"""A Gaussian whose moments a network makes of the context, :math:`\mathcal{N}(m(c), s(c)^2)`.
+
+    The mean starts at 0 and the scale at 1 if the network starts at zero.
+
+    Arguments:
+        event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
+        net: The network, which maps contexts of shape :math:`(N, \dots)`, with as many dimensions
+            as a latent has, to :math:`(N, 2 C, \dots)`: the event shape with twice as many entries
+            along its first dimension.
+        min_scale: The lower bound of the scale.
+        max_scale: Its upper bound.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        net: nn.Module,
+        min_scale: float = 1e-3,
+        max_scale: float = 1e2,
+    ):
+        super().__init__(event_shape)
+        self.net, self.min_scale, self.max_scale = net, min_scale, max_scale
+
+    def distribution(self, c: Tensor | None = None) -> dist.Independent:
+        r"""Returns :math:`p(z_0 | c)`.
+
+        Raises:
+            ValueError: If there is no context.
+        """
+        if c is None:
+            raise ValueError("a ConditionalGaussianPrior needs a context, got None")
+        n = self.event_dim  # that of a context as well
+        outputs = upcast(self.net(c.reshape(-1, *c.shape[-n:])))
+        loc, raw = outputs.reshape(*c.shape[:-n], *outputs.shape[1:]).chunk(2, dim=-n)
+        scale = bounded_scale(raw, self.min_scale, self.max_scale)
+        return dist.Normal(loc, scale).to_event(n)
+
+    def model(self, c: Tensor | None = None) -> Tensor:
+        register("prior", self)
+        return pyro.sample("z_0", self.distribution(c))
+
+
+class HierarchicalPrior(Prior):
+    r"""Groups of latents :math:`z^1, \dots, z^L`, each given those above it.
+
+    .. math:: p(z) = p(z^1) \prod_{l=2}^L p(z^l | h_{l-1}), \qquad
+        h_l = f_l(h_{l-1}, z^l), \quad h_0 = \varnothing
+
+    A group is any prior, whose context is the state :math:`h_{l-1}` of the generative path; each
+    but the first must take one. The sites of group :math:`l` are called ``"group<l>/..."``, and so
+    are its terms. What :meth:`model` and :meth:`guide` return is the last state :math:`h_L`, which
+    the decoder sees in place of :math:`z_0`.
+
+    The encoder returns a *lazy* posterior, a function that is asked for one group after the other
+    and is told the state so far: the posterior shares the generative path (a ladder). Since the
+    guide draws the groups in the order of the model, each closed-form KL is legal that is legal in
+    a group alone.
+
+    Arguments:
+        groups: The priors, from the top.
+        path: For each group, the module :math:`f_l`. It is called as ``f(h, z)``, the first one as
+            ``f(None, z)``, and maps tensors of shape :math:`(*, \dots)` to such.
+        event_shape: The shape of the last state :math:`h_L`.
+
+    References:
+        | Ladder Variational Autoencoders (Sønderby et al., 2016)
+        | https://arxiv.org/abs/1602.02282
+
+        | NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat & Kautz, 2020)
+        | https://arxiv.org/abs/2007.03898
+
+    Example:
+        >>> from pyro_vaediff import DiffusionPrior
+        >>> class Concatenate(nn.Module):
+        ...     def forward(self, h, z):
+        ...         return z if h is None else torch.cat([h, z], -1)
+        >>> import torch
+        >>> groups = [DiffusionPrior(2, 3), ConditionalGaussianPrior(3, nn.Linear(2, 6))]
+        >>> prior = HierarchicalPrior(groups, [Concatenate(), Concatenate()], 5)
+        >>> trace = pyro.poutine.trace(prior.model).get_trace()
+        >>> list(trace.stochastic_nodes)
+        ['group1/z_3', 'group1/z_2', 'group1/z_1', 'group1/z_0', 'group2/z_0']
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Prior],
+        path: Sequence[nn.Module],
+        event_shape: int | Sequence[int],
+    ):
+        super().__init__(event_shape)
+        if not groups or len(groups) != len(path):
+            raise ValueError(
+                f"groups and path must have one entry per group, got {len(groups)} and {len(path)}"
+            )
+        self.groups, self.path = nn.ModuleList(groups), nn.ModuleList(path)
+
+    def model(self, c: Tensor | None = None) -> Tensor:
+        register("path", self.path)
+        h = c
+        for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
+            with scope(prefix=f"group{number}"):
+                z = prior.model() if h is None else prior.model(h)
+            h = step(h, z)
+        return h
+
+    def guide(self, posterior: Posterior, c: Tensor | None = None) -> Tensor:
+        h = c
+        for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
+            conditional = isinstance(prior, ConditionalGaussianPrior)
+            q = posterior(number, h, base_normal(prior.distribution(h)) if conditional else None)
+            with scope(prefix=f"group{number}"):
+                z = prior.guide(q) if h is None else prior.guide(q, h)
+            h = step(h, z)
+        return h
