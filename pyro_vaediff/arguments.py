@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ __all__ = [
     "as_shape",
     "check_choice",
     "check_ends",
+    "check_nonnegative",
     "check_seed",
     "check_whole",
     "exit_on_error",
@@ -58,6 +60,12 @@ def check_ends(argument: str, x: Tensor, shape: Sequence[int]) -> None:
     r"""Raises a ``ValueError`` unless the shape of a tensor ends in the given one."""
     if tuple(x.shape[-len(shape) :]) != tuple(shape):
         raise ValueError(f"{argument} must end in shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_nonnegative(argument: str, value: object) -> None:
+    r"""Raises a ``ValueError`` unless a value is a number that is finite and at least 0."""
+    if not (isinstance(value, Real) and 0 <= value < math.inf):
+        raise ValueError(f"{argument} must be a finite number >= 0, got {value!r}")
 
 
 def is_whole(value: object, least: int, below: float = math.inf) -> bool:

@@ -15,10 +15,12 @@ from unbiased import assert_unbiased, draws, exact_values
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior
 from pyro_vaediff.diffusion import kl_normal
+from pyro_vaediff.evaluate import active_units
 from pyro_vaediff.infer import Timestep_ELBO, TraceKL_ELBO, check_mean_field, elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import LadderEncoder, ResNetDecoder, TimeAdapter, ladder_path
 from pyro_vaediff.priors import ConditionalGaussianPrior, HierarchicalPrior
+from pyro_vaediff.sampling import reconstruct
 from pyro_vaediff.schedules import Schedule
 from pyro_vaediff.testing import (
     LinearDenoiser,
@@ -279,3 +281,44 @@ def test_hierarchies_that_are_refused(x):
         HierarchicalPrior([GaussianPrior(2)], [Join(), Join()], 2)
     with one_line_value_error("a ConditionalGaussianPrior needs a context"):
         ConditionalGaussianPrior(2, nn.Linear(2, 4)).distribution()
+
+
+# --- What the groups are used for -----------------------------------------------------------------
+
+
+def test_active_units_are_those_whose_means_move(x):
+    vae = linear_hierarchy("top").to(x.device)
+    data = torch.randn(500, 3, dtype=torch.float64, device=x.device)
+    for group, units in active_units(vae, data, batch_size=128).items():
+        assert units == (2, 2) if group == "group1" else (1, 1)
+    top = vae.encoder.nets[0]
+    with torch.no_grad():
+        top.weight[:, 0] = 0.0  # a unit that says nothing of the data
+    assert active_units(vae, data)["group1"] == (1, 2)
+    # The variance of a mean that is linear in the data is that of its weights.
+
+    weight = top.weight[0, 1].detach()
+    variance = (weight @ torch.cov(data.T, correction=0) @ weight).item()
+    for factor, count in ((0.999, 1), (1.001, 0)):
+        assert active_units(vae, data, factor * variance)["group1"] == (count, 2)
+
+
+def test_active_units_of_a_single_prior(x):
+    vae = linear_gaussian_vae(seed=0).to(x.device)
+    assert active_units(vae, torch.randn(50, 3, dtype=x.dtype).to(x)) == {"": (2, 2)}
+
+
+def test_reconstructions_from_the_top_groups(device):
+    vae = image_hierarchy().to(device).eval()
+    x = vae.space.preprocess(torch.randint(0, 17, (4, 1, 8, 8)).byte()).to(device)
+    posterior = vae.encoder(x)
+    whole = reconstruct(vae, x)
+    assert whole.shape == x.shape and torch.equal(whole, reconstruct(vae, x, num_groups=3))
+    h = None
+    for number, (prior, step) in enumerate(zip(vae.prior.groups, vae.prior.path, strict=True), 1):
+        h = step(h, posterior(number, h, vae.prior.gaussian(prior, h)).mean)
+    torch.testing.assert_close(vae.decoder(h).mean, whole)
+    torch.manual_seed(0)
+    first = reconstruct(vae, x, num_groups=1)
+    torch.manual_seed(1)
+    assert not torch.equal(first, reconstruct(vae, x, num_groups=1))  # the rest is drawn

@@ -3,6 +3,7 @@ r"""The numbers of a model: bounds, likelihoods, ELBO surgery and Fréchet dista
 from .elbo import evaluate, evaluating, in_batches, kl_by_timestep, preprocess, value_elbo
 from .features import EXTRACTORS, Extractor, load_extractor
 from .frechet import FeatureStatistics, frechet_distance
+from .groups import ActiveUnits, active_units, kl_by_group
 from .likelihood import (
     bits_per_dim,
     importance_log_likelihood,
@@ -15,10 +16,12 @@ from .surgery import Estimate, Surgery, aggregate_log_prob, chain_log_prob, elbo
 
 __all__ = [
     "EXTRACTORS",
+    "ActiveUnits",
     "Estimate",
     "Extractor",
     "FeatureStatistics",
     "Surgery",
+    "active_units",
     "aggregate_log_prob",
     "bits_per_dim",
     "chain_log_prob",
@@ -31,6 +34,7 @@ __all__ = [
     "importance_log_likelihood",
     "importance_weighted_bound",
     "in_batches",
+    "kl_by_group",
     "kl_by_timestep",
     "load_extractor",
     "log_likelihood",

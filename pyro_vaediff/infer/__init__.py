@@ -3,6 +3,7 @@ r"""Estimators of the ELBO, and checks of when they are valid."""
 from .antithetic import Antithetic
 from .checks import check_mean_field
 from .factory import ESTIMATORS, make_elbo, particle_options
+from .objectives import FreeBits, KLWeight
 from .proposals import (
     PROPOSALS,
     ImportanceTimesteps,
@@ -24,7 +25,9 @@ __all__ = [
     "REWEIGHTINGS",
     "Antithetic",
     "CollapseChain",
+    "FreeBits",
     "ImportanceTimesteps",
+    "KLWeight",
     "LossAwareTimesteps",
     "Proposal",
     "Reweighted",

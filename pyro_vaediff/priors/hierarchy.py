@@ -135,9 +135,34 @@ class HierarchicalPrior(Prior):
     def guide(self, posterior: Posterior, c: Tensor | None = None) -> Tensor:
         h = c
         for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
-            conditional = isinstance(prior, ConditionalGaussianPrior)
-            q = posterior(number, h, base_normal(prior.distribution(h)) if conditional else None)
+            q = posterior(number, h, self.gaussian(prior, h))
             with scope(prefix=f"group{number}"):
                 z = prior.guide(q) if h is None else prior.guide(q, h)
+            h = step(h, z)
+        return h
+
+    def gaussian(self, prior: Prior, h: Tensor | None) -> torch.distributions.Normal | None:
+        r"""Returns the normals of a group's prior, if it is a Gaussian given the state."""
+        if isinstance(prior, ConditionalGaussianPrior):
+            return base_normal(prior.distribution(h))
+        return None
+
+    def reconstruct(
+        self, posterior: Posterior, num_groups: int | None = None, c: Tensor | None = None
+    ) -> Tensor:
+        r"""Returns the state of the means of some groups, and of draws of the prior below them.
+
+        Arguments:
+            posterior: The posterior of the data.
+            num_groups: The number of groups from the top whose means are kept; all by default.
+            c: The context of the first group, with shape :math:`(B, F)`.
+        """
+        h = c
+        for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
+            if num_groups is None or number <= num_groups:
+                z = posterior(number, h, self.gaussian(prior, h)).mean
+            else:
+                with pyro.plate("data", len(h)):
+                    z = prior.model(h)
             h = step(h, z)
         return h

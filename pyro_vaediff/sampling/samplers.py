@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ..arguments import check_whole
-from ..priors import DiffusionPrior, Prior
+from ..priors import DiffusionPrior, HierarchicalPrior, Prior
 from ..vae import VAE, call
 
 __all__ = ["ddim", "interpolate", "point", "reconstruct", "sample", "trajectory"]
@@ -131,18 +131,28 @@ def ddim(
 
 
 @torch.no_grad()
-def reconstruct(vae: VAE, x: Tensor, c: Tensor | None = None) -> Tensor:
+def reconstruct(
+    vae: VAE, x: Tensor, c: Tensor | None = None, num_groups: int | None = None
+) -> Tensor:
     r"""Returns the :func:`point` of :math:`p(x | z_0)` at that of :math:`q(z_0 | x)`: the means.
 
     Arguments:
         vae: The VAE.
         x: The data, with shape :math:`(B, *)`.
         c: The context, with shape :math:`(B, *)`.
+        num_groups: For a :class:`~pyro_vaediff.priors.HierarchicalPrior`, the number of groups from
+            the top that are those of the data, where the others are drawn; all by default.
 
     Returns:
         The reconstructions, with the shape of ``x``.
     """
-    return point(call(vae.decoder, point(call(vae.encoder, x, c)), c))
+    q = call(vae.encoder, x, c)
+    if isinstance(vae.prior, HierarchicalPrior):
+        with pyro.get_param_store().scope():
+            z_0 = vae.prior.reconstruct(q, num_groups, c)
+    else:
+        z_0 = point(q)
+    return point(call(vae.decoder, z_0, c))
 
 
 @torch.no_grad()
