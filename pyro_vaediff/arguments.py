@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,9 +61,11 @@ def check_ends(argument: str, x: Tensor, shape: Sequence[int]) -> None:
 
 
 def is_whole(value: object, least: int, below: float = math.inf) -> bool:
+    if not isinstance(value, SupportsIndex):  # also whole floats, which do not count anything
+        return False
     try:
         return least <= operator.index(value) < below and not isinstance(value, bool)
-    except TypeError:  # also whole floats, which do not count anything
+    except TypeError:  # such as a tensor of several numbers
         return False
 
 
