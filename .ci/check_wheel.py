@@ -1,4 +1,4 @@
-r"""Checks that a wheel holds the files of the package, all and only, and the licence."""
+r"""Checks that a wheel holds the files of the package, all and only, its types and the licence."""
 
 from __future__ import annotations
 
@@ -14,5 +14,7 @@ package = {path.as_posix() for path in Path("pyro_vaediff").rglob("*") if path.i
 package = {name for name in package if "__pycache__" not in name}
 packed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
 licence = any(name.endswith("/licenses/LICENSE") for name in names)
-if package != packed or not licence:
-    sys.exit(f"{wheel} differs from the tree in {package ^ packed}; it has a licence: {licence}")
+typed = "pyro_vaediff/py.typed" in packed
+if package != packed or not licence or not typed:
+    found = f"it has a licence: {licence}, types: {typed}"
+    sys.exit(f"{wheel} differs from the tree in {package ^ packed}; {found}")

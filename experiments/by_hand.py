@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import reduce
+from operator import add
 
 import pyro
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from pyro_vaediff.denoise import Beta
 from pyro_vaediff.infer import ImportanceTimesteps, Timestep_ELBO, Timesteps
-from pyro_vaediff.nn import bounded_scale
+from pyro_vaediff.infer.trace_kl_elbo import sites
+from pyro_vaediff.likelihoods import GaussianLikelihood
+from pyro_vaediff.nn import ConvDecoder, ConvEncoder, bounded_scale
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.train.optim import per_datum
 from pyro_vaediff.vae import VAE
@@ -35,12 +39,16 @@ class ByHand:
             raise ValueError(
                 f"vae must have a diffusion prior of 2 timesteps or more, got {vae.prior}"
             )
-        denoiser, head = vae.prior.denoiser, vae.decoder.likelihood
+        encoder, decoder, denoiser = vae.encoder, vae.decoder, vae.prior.denoiser
+        if not (isinstance(encoder, ConvEncoder) and isinstance(decoder, ConvDecoder)):
+            raise ValueError("vae must have the networks ConvEncoder and ConvDecoder")
+        head = decoder.likelihood
         choice = (denoiser.parameterization, denoiser.variance, denoiser.preconditioning, head)
         if not (
             choice[0] == "eps"
             and isinstance(choice[1], Beta)
             and choice[2] is None
+            and isinstance(head, GaussianLikelihood)
             and hasattr(head, "raw_sigma")
         ):
             raise ValueError(
@@ -49,7 +57,9 @@ class ByHand:
             )
         if k < 2 or k % 2:
             raise ValueError(f"k must be even, as timesteps come in pairs, got {k}")
-        self.vae, self.k, prior, self.backbone = vae, k, vae.prior, denoiser.backbone
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, head
+        self.k, self.backbone = k, denoiser.backbone
+        self.prior = prior = vae.prior
         like = next(vae.parameters())
         beta = prior.schedule.original("betas")
         alpha_bar = (1 - beta).cumprod(0)
@@ -83,7 +93,7 @@ class ByHand:
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r"""Draws the noise of z_0, of z_1 and of the z_t, and the timesteps t."""
-        shape = (len(x), self.vae.prior.latent_dim)
+        shape = (len(x), self.prior.latent_dim)
         shapes = (shape, shape, (self.k // 2, *shape))
         eps_0, eps_1, eps_t = (x.new_empty(s).normal_() for s in shapes)
         return eps_0, eps_1, torch.cat([eps_t, -eps_t]), self.draw_timesteps(len(x))
@@ -92,8 +102,8 @@ class ByHand:
         return self.root_alpha[t] * z - self.gain[t] * self.backbone(z, self.log_snr[t])
 
     def loss(self, x: Tensor, eps_0: Tensor, eps_1: Tensor, eps_t: Tensor, t: Tensor) -> Tensor:
-        encoder, decoder = self.vae.encoder, self.vae.decoder
-        T, log_2pi = self.vae.prior.num_timesteps, math.log(2 * math.pi)
+        encoder, decoder = self.encoder, self.decoder
+        T, log_2pi = self.prior.num_timesteps, math.log(2 * math.pi)
 
         loc, raw = encoder.head(encoder.features(x)).chunk(2, dim=-1)
         scale = bounded_scale(raw, encoder.min_scale, encoder.max_scale)
@@ -113,7 +123,7 @@ class ByHand:
         error = (z_0 - self.reverse_mean(z_1, 1)) / self.sigma[1]
         first = (error.square() / 2 + self.sigma[1].log() + log_2pi / 2).sum()
 
-        likelihood = decoder.likelihood
+        likelihood = self.likelihood
         sigma = bounded_scale(likelihood.gain * likelihood.raw_sigma, likelihood.floor)
         error = (x - decoder.maps(z_0)) / sigma
         reconstruction = error.square().sum() / 2 + x.numel() * (sigma.log() + log_2pi / 2)
@@ -126,16 +136,16 @@ def check_equal(vae: VAE, x: Tensor, k: int = 8) -> None:
     r"""Raises unless both losses, and all their gradients, are the same for the same noise."""
     vae, x = copy.deepcopy(vae).double(), x.double()
     # A denoiser that starts at zero would hide the gradients of its other layers.
-    nn.init.normal_(vae.prior.denoiser.backbone.outputs.weight, std=0.1)
+    nn.init.normal_(vae.prior.get_parameter("denoiser.backbone.outputs.weight"), std=0.1)
     by_hand, parameters = ByHand(vae, k), list(vae.parameters())
     elbo = Timestep_ELBO(k=k)
 
     with pyro.get_param_store().scope():
         ((model, guide),) = elbo._get_traces(per_datum(vae.model), per_datum(vae.guide), (x,), {})
-        svi_loss = sum(term.value.sum() for term in elbo.site_terms(model, guide))
-    sites = [guide.nodes[name] for name in ("z_0", "z_1", "z_t")]
-    noise = [((s["value"] - s["fn"].mean) / s["fn"].stddev).detach() for s in sites]
-    loss = by_hand.loss(x, *noise, guide.nodes["t"]["value"])
+        svi_loss = reduce(add, (term.value.sum() for term in elbo.site_terms(model, guide)))
+    drawn = (sites(guide)[name] for name in ("z_0", "z_1", "z_t"))
+    eps_0, eps_1, eps_t = (((s["value"] - s["fn"].mean) / s["fn"].stddev).detach() for s in drawn)
+    loss = by_hand.loss(x, eps_0, eps_1, eps_t, sites(guide)["t"]["value"])
 
     gradients = [torch.autograd.grad(value, parameters) for value in (svi_loss, loss)]
     # Relative to the largest one: biases in front of a norm have a gradient of zero.

@@ -40,6 +40,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
@@ -67,6 +68,7 @@ from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.files import check_folder, write_csv
 from pyro_vaediff.infer import ImportanceTimesteps, UniformTimesteps
 from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.sampling.samplers import check_diffusion
 from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.train.runs import BEST, load_checkpoint, load_data, load_vae
 from pyro_vaediff.vae import VAE
@@ -165,7 +167,7 @@ def measure_errors(
 
 def measure_noise_by_timestep(vae: VAE, x: Tensor, args: argparse.Namespace) -> list[dict]:
     r"""Returns the gradient noise of each of some timesteps, and what proposals make of it."""
-    T = vae.prior.num_timesteps
+    T = check_diffusion(vae.prior).num_timesteps
     if T < 3:
         return []
     t = torch.logspace(0, 1, args.points, base=T / 2).mul(2).round().long().clamp(2, T).unique()
@@ -257,7 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     x = minibatches[0]
 
     last = list(moments.values())[-1]
-    records, noises, references = {}, {}, {}
+    records: dict[str, list[dict[str, Any]]] = {}
+    noises, references = {}, {}
     bar = tqdm(total=len(moments) * len(entries), unit="estimator", disable=args.quiet)
     with bar:
         for moment, vae in moments.items():
@@ -277,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
                     entry, vae, x, reference, args.draws, args.seconds, args.min_draws
                 )
                 records[moment].append({"moment": moment} | record)
-            noises[moment] = minibatch_noise(vae, minibatches)
+            noises[moment] = minibatch_noise(vae, minibatches.unbind())
         bar.set_description("cost")
         costs = measure_costs(entries, last, x, args.repeats)
         bar.set_description("convergence")

@@ -37,6 +37,7 @@ from pyro_vaediff.evaluate import (
 )
 from pyro_vaediff.files import read_json, write_json
 from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.train.report import pixel_space
 from pyro_vaediff.train.runs import load_data, load_vae
 from pyro_vaediff.vae import VAE
 
@@ -86,7 +87,7 @@ def likelihood(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str,
     flow = {"num_steps": args.num_steps} if isinstance(vae.prior, DiffusionPrior) else {}
     common = {"seed": args.seed, "progress": not args.quiet}
     log_px = log_likelihood(vae, images, args.num_samples, **common, **flow)
-    nats, width = -log_px.mean().item(), vae.space.log_bin_width
+    nats, width = -log_px.mean().item(), pixel_space(vae).log_bin_width
     elbo = sum(evaluate(vae, images, **common).values())
     return {
         "negative_log_likelihood": nats,

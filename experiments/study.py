@@ -12,13 +12,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vaediff.data import ImageData, batches
 from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.files import read_json, write_json
+from pyro_vaediff.infer import Estimator
 from pyro_vaediff.vae import VAE
 
 __all__ = ["Statistic", "check_settings", "number", "statistic", "table", "training_steps"]
@@ -90,8 +91,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         |---|---|
         | a \| b | -1.0 |
     """
-    lines = [[text.replace("|", r"\|") for text in row] for row in (header, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in lines]
+    cells = [[text.replace("|", r"\|") for text in row] for row in (header, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
@@ -118,7 +119,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 def training_steps(
     vae: VAE,
-    elbo: ELBO,
+    elbo: Estimator,
     data: ImageData,
     total: int,
     *,
@@ -147,7 +148,8 @@ def training_steps(
     parameters, seen = list(vae.train().parameters()), seen or vae
     device, order = parameters[0].device, torch.Generator().manual_seed(seed)
     adam = torch.optim.Adam(parameters, lr=lr)
-    schedule, loader = CosineAnnealingLR(adam, total), iter(())
+    schedule = CosineAnnealingLR(adam, total)
+    loader: Iterator[Tensor] = iter(())
     for step in range(total):
         yield step
         if (batch := next(loader, None)) is None:

@@ -55,6 +55,7 @@ from pyro_vaediff.data import DATASETS, ImageData, load
 from pyro_vaediff.evaluate import evaluate, preprocess, value_elbo
 from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.sampling.samplers import check_diffusion
 from pyro_vaediff.train import ModelConfig, load_data, load_vae, make_vae
 from pyro_vaediff.vae import VAE
 
@@ -84,7 +85,7 @@ def train(
 ) -> Curve:
     r"""Returns the test -ELBO at equidistant times of a training run."""
     total = max(args.points, round(1e3 * args.seconds / milliseconds))
-    vae.prior.order, test = entry.order, data.test[: args.num_test]
+    check_diffusion(vae.prior).order, test = entry.order, data.test[: args.num_test]
     due = {round(total * i / args.points) for i in range(args.points + 1)}
     curve = []
     for step in training_steps(
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     if not path.exists():
         times = measure_times([ENTRIES[name] for name in args.estimators], make, data, args)
         write_csv(path, [{"estimator": name, "ms": round(ms, 3)} for name, ms in times.items()])
-    times = {row.get("estimator"): number(path, row, "ms") for row in read_rows(path)}
+    times = {row.get("estimator", ""): number(path, row, "ms") for row in read_rows(path)}
     if missing := [name for name in args.estimators if name not in times]:
         raise ValueError(f"{path} lacks {missing[0]!r}: choose another --out, or remove the file")
     if not args.seeds:

@@ -9,9 +9,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,14 +63,16 @@ def check_ends(argument: str, x: Tensor, shape: Sequence[int]) -> None:
 
 def check_nonnegative(argument: str, value: object) -> None:
     r"""Raises a ``ValueError`` unless a value is a number that is finite and at least 0."""
-    if not (isinstance(value, Real) and 0 <= value < math.inf):
+    if not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise ValueError(f"{argument} must be a finite number >= 0, got {value!r}")
 
 
 def is_whole(value: object, least: int, below: float = math.inf) -> bool:
+    if not isinstance(value, SupportsIndex):  # also whole floats, which do not count anything
+        return False
     try:
         return least <= operator.index(value) < below and not isinstance(value, bool)
-    except TypeError:  # also whole floats, which do not count anything
+    except TypeError:  # such as a tensor of several numbers
         return False
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Beta",
     "BetaTilde",
     "Denoiser",
+    "Kernel",
     "Learned",
     "Preconditioning",
     "ReverseVariance",
@@ -165,6 +166,19 @@ class Preconditioning(nn.Module):
         return (one_minus.sqrt() * anchor / variance + root * scale / std * out, *others)
 
 
+class Kernel(Tables):
+    r"""The coefficients of the reverse kernels of a grid, zero at :math:`t = 0`."""
+
+    a: Tensor  #: The weight of :math:`z_t` in the mean of the forward posterior.
+    b: Tensor  #: The weight of :math:`z_0` in it.
+    sigmas: Tensor  #: The standard deviations :math:`\sigma`.
+    log_ranges: Tensor  #: See :meth:`Learned.log_range`.
+    skips: Tensor  #: The weight of :math:`z_t` in the reverse mean.
+    gains: Tensor  #: That of the network's output.
+    z0_skips: Tensor  #: The weight of :math:`z_t` in the estimate of :math:`z_0`.
+    z0_gains: Tensor  #: That of the network's output.
+
+
 class Denoiser(nn.Module):
     r"""The reverse kernel :math:`p_\phi(z_s | z_t)` of a diffusion, for any :math:`s < t`.
 
@@ -213,7 +227,7 @@ class Denoiser(nn.Module):
         self.variance = make_reverse_variance(reverse_variance)
         self.preconditioning = Preconditioning(event_shape) if preconditioning else None
         self._home = schedule.original("times")  # the grid that the network is trained on
-        self.kernel = Tables(self.tables(self._home))
+        self.kernel = Kernel(self.tables(self._home))
         self.check_backbone(bool(context_features))
 
     def forward(
@@ -287,9 +301,11 @@ class Denoiser(nn.Module):
         like = self.kernel.skips
         ends = (t, self.before(t) if s is None else s)
         grid = self.schedule.original("times").to(like.device)
-        double = {"dtype": torch.float64, "device": like.device}
-        times = [grid[u] if is_index(u) else torch.as_tensor(u, **double) for u in ends]
-        values = self.compute(*times)
+        later, earlier = (
+            grid[u] if is_index(u) else torch.as_tensor(u, dtype=torch.float64, device=like.device)
+            for u in ends
+        )
+        values = self.compute(later, earlier)
         return lambda name: values[name][(...,) + (None,) * self.event_dim].to(like)
 
     def tables(self, times: Tensor) -> dict[str, Tensor]:
@@ -356,7 +372,7 @@ class Denoiser(nn.Module):
         new = copy.copy(self)
         new._modules = dict(self._modules)
         new.schedule = self.schedule.with_steps(steps)
-        new.kernel = Tables(new.tables(new.schedule.original("times"))).to(self.kernel.skips)
+        new.kernel = Kernel(new.tables(new.schedule.original("times"))).to(self.kernel.skips)
         return new
 
     def check_signal(self) -> None:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ __all__ = [
 Times = int | float | Tensor
 
 
-def is_index(t: Times) -> bool:
+def is_index(t: Times) -> TypeGuard[int | Tensor]:
     r"""Returns whether times are indices of a grid, which whole numbers are."""
     return not t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, int)
 
@@ -262,8 +262,8 @@ class Schedule(Tables):
             Two tensors of shape :math:`(*, 1, \dots, 1)`.
         """
         if is_index(t):
-            tables = self.alphas_cumprod, self.one_minus_alphas_cumprod
-            return tuple(at_time(table, t, event_dim) for table in tables)
+            alpha_bar, one_minus = self.alphas_cumprod, self.one_minus_alphas_cumprod
+            return at_time(alpha_bar, t, event_dim), at_time(one_minus, t, event_dim)
         log_snr = self.log_snr_at(t)[(...,) + (None,) * event_dim]
         return torch.sigmoid(log_snr).to(self.betas), torch.sigmoid(-log_snr).to(self.betas)
 
@@ -279,8 +279,13 @@ class Schedule(Tables):
 
         Returns:
             The variance, with shape :math:`(*, 1, \dots, 1)`.
+
+        Raises:
+            ValueError: If ``t`` is no index, and ``s`` is not given.
         """
         if s is None:
+            if not is_index(t):
+                raise ValueError("s must be given if t is a time, which has no step before it")
             return at_time(self.betas, t, event_dim)
         log_alpha = self.log_alpha(*(self.time(u) for u in (t, s)))
         return -torch.expm1(log_alpha)[(...,) + (None,) * event_dim].to(self.betas)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .arguments import check_whole
 from .priors import Prior
+from .priors.base import call
 from .register import register
 
 if TYPE_CHECKING:
@@ -151,11 +152,6 @@ class VAE(nn.Module):
             q_z0 = call(self.encoder, x, c)
         with pyro.plate("data", count(x, c), dim=-1):
             return call(self.prior.guide, q_z0, c)
-
-
-def call(function: Callable, *args: Any) -> Any:
-    r"""Returns what a function returns, given the context, its last argument, if there is one."""
-    return function(*args) if args[-1] is not None else function(*args[:-1])
 
 
 def checked(name: str, fn: Any) -> dist.TorchDistribution:

@@ -22,7 +22,7 @@ from pyro_vaediff import (
     VampPrior,
 )
 from pyro_vaediff.data import ImageData, batches, load
-from pyro_vaediff.diffusion import q_marginal
+from pyro_vaediff.diffusion import q_marginal, q_step
 from pyro_vaediff.evaluate import (
     Extractor,
     FeatureStatistics,
@@ -58,6 +58,7 @@ from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.train import load_checkpoint
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
+from pyro_vaediff.train.report import report
 from pyro_vaediff.train.runs import load_data, load_vae
 
 nan, inf = math.nan, math.inf
@@ -138,6 +139,10 @@ LIBRARY = [
     (
         lambda it: make_schedule(LinearSchedule(3), 4),
         "num_timesteps is 4, but the schedule has 3",
+    ),
+    (
+        lambda it: q_step(LinearSchedule(4), torch.zeros(2), 0.5),
+        "s must be given if t is a time, which has no step before it",
     ),
     (
         lambda it: q_marginal(LinearSchedule(4), torch.zeros(2), 5),
@@ -331,6 +336,14 @@ LIBRARY = [
         "vae must be linear and Gaussian, such as linear_gaussian_vae makes it, got .*",
     ),
     # Evaluation and samples
+    (
+        lambda it: evaluate(it.vae, it.images_, pyro.infer.TraceGraph_ELBO()),
+        "elbo must have a differentiable_loss, .* which a TraceGraph_ELBO lacks",
+    ),
+    (
+        lambda it: report(it.vae, it.x, [], it.out, labels=True),
+        "labels=True needs ImageData with labels, such as the digits",
+    ),
     (lambda it: evaluate(it.vae, it.images_[:0]), "data must hold at least one datum"),
     (
         lambda it: evaluate(it.vae, it.images_ + 1),

@@ -30,7 +30,7 @@ from torch.distributions import Normal
 from pyro_vaediff.diffusion import base_normal, kl_normal, normal, q_marginal
 from pyro_vaediff.infer import Proposal, Reweighted, Term, Timestep_ELBO
 from pyro_vaediff.infer.reweighted import fixed_variance
-from pyro_vaediff.infer.trace_kl_elbo import closed_form_kl
+from pyro_vaediff.infer.trace_kl_elbo import closed_form_kl, sites
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.schedules import at_time
 
@@ -100,6 +100,7 @@ def log_variance_as_log_scale(term: Term) -> Tensor:
         return term.value
     fn, site = term.site["fn"], term.site
     q = base_normal(fn)
+    assert q is not None  # of the Gaussian baseline
     read = Normal(q.loc, q.scale.sqrt())
     kl = kl_normal(read, Normal(torch.zeros_like(q.loc), torch.ones_like(q.scale)))
     return scale_and_mask(sum_rightmost(kl, len(fn.event_shape)), site["scale"], site["mask"])
@@ -121,10 +122,10 @@ class PriorTermGivenX(Timestep_ELBO):
     def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[Term]:
         for term in super().site_terms(model_trace, guide_trace):
             if term.role == "last":
-                start = guide_trace.nodes["z_0"]
+                start, z_T = sites(guide_trace)["z_0"], sites(model_trace)[term.name]
                 prior, T = start["infer"]["prior"], int(term.name.removeprefix("z_"))
                 q_T = q_marginal(prior.schedule, start["fn"], T, prior.event_dim)
-                kl = closed_form_kl(q_T, model_trace.nodes[term.name]["fn"])
+                kl = closed_form_kl(q_T, z_T["fn"])
                 value = scale_and_mask(kl, term.site["scale"], term.site["mask"])
                 term = term._replace(value=value)
             yield term

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_records(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
 class Numbers(list[float]):
     r"""The numbers of several seeds."""
 
-    def __init__(self, values):
+    def __init__(self, values: Iterable[float] = ()):
         super().__init__(values)
         found = statistic(self) if self else None
         self.mean = found.mean if found else math.nan
@@ -126,8 +127,8 @@ def page(results: Results, args: argparse.Namespace) -> str:
     r"""Returns the tables as Markdown."""
     command = shlex.join(["python", "experiments/departures.py", *args.argv])
     seeds = sorted({seed for _, seed in results.records})
-    header = "trained with", "test −ELBO", "cost", "its report, minus the −ELBO"
-    header += "rms of the latents", "scale s of a posterior"
+    header = ["trained with", "test −ELBO", "cost", "its report, minus the −ELBO"]
+    header += ["rms of the latents", "scale s of a posterior"]
     lines = [
         f"# What the departures cost: {args.dataset}",
         "",
@@ -182,8 +183,14 @@ def plot_departures(results: Results, path: Path) -> None:
             axes.barh(i, bar.mean, xerr=error, height=0.6, color=color, ecolor="black", capsize=3)
             digits = 1 if abs(bar.mean) >= 9.95 else 2
             label = number(bar.mean, digits, "+")
-            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(label, (max(bar.mean + error, 0), i), fontsize=FONT - 3, **place)
+            axes.annotate(
+                label,
+                (max(bar.mean + error, 0), i),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=FONT - 3,
+            )
         axes.axvline(0, color="black", linewidth=1)
         axes.set_xscale("symlog", linthresh=1, linscale=0.5)
         low, high = min(bar.mean for bar in bars), max(bar.mean for bar in bars)
@@ -214,9 +221,16 @@ def plot_priors(results: Results, path: Path) -> None:
                 if not (bar := results.of(name, key)):
                     continue
                 x, up = i + 0.4 * j - 0.2, bar.mean >= 0
-                style = {"color": (BLUE, ORANGE)[j], "hatch": ("", "//")[j], "edgecolor": "white"}
-                style |= {"yerr": None if math.isnan(bar.se) else bar.se, "capsize": 3}
-                axes.bar(x, bar.mean, 0.36, **style)
+                axes.bar(
+                    x,
+                    bar.mean,
+                    0.36,
+                    color=(BLUE, ORANGE)[j],
+                    hatch=("", "//")[j],
+                    edgecolor="white",
+                    yerr=None if math.isnan(bar.se) else bar.se,
+                    capsize=3,
+                )
                 axes.annotate(
                     number(bar.mean, 1 if key == "negative_elbo" else 2),
                     (x, bar.mean + (1 if up else -1) * (0 if math.isnan(bar.se) else bar.se)),

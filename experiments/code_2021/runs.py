@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
@@ -26,7 +25,9 @@ from pyro_vaediff.evaluate import (
 )
 from pyro_vaediff.infer import (
     ImportanceTimesteps,
+    Proposal,
     Reweighted,
+    TermsELBO,
     Timestep_ELBO,
     TraceKL_ELBO,
     UniformTimesteps,
@@ -34,6 +35,7 @@ from pyro_vaediff.infer import (
 from pyro_vaediff.infer.trace_kl_elbo import per_datum
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import ConvEncoder
+from pyro_vaediff.sampling.samplers import check_diffusion
 from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer, make_vae
 from pyro_vaediff.vae import VAE
 
@@ -74,13 +76,13 @@ class Run:
     prior: str = "diffusion"
     bound: Callable[..., TraceKL_ELBO] = Timestep_ELBO
     weights: Reweighting | None = None
-    timesteps: Callable[[], nn.Module] = ImportanceTimesteps
+    timesteps: Callable[[], Proposal] = ImportanceTimesteps
     never_last: bool = False
     shifted: bool = False
     fixed_likelihood: bool = False
     batch_norm: bool = False
 
-    def estimator(self, **options: Any) -> ELBO:
+    def estimator(self, **options: Any) -> TermsELBO:
         r"""Returns the objective: to train with, or with other options."""
         if self.bound is not TraceKL_ELBO:
             proposal = NeverLast(self.timesteps()) if self.never_last else self.timesteps()
@@ -91,9 +93,11 @@ class Run:
         return elbo if self.weights is None else Reweighted(elbo, self.weights)
 
 
-NETWORKS = {"fixed_likelihood": True, "batch_norm": True}
-BUG = {"prior": "gaussian", "bound": TraceKL_ELBO, "weights": log_variance_as_log_scale}
-CHAIN = {
+NETWORKS: dict[str, Any] = {"fixed_likelihood": True, "batch_norm": True}
+BUG: dict[str, Any] = {
+    "prior": "gaussian", "bound": TraceKL_ELBO, "weights": log_variance_as_log_scale
+}  # fmt: skip
+CHAIN: dict[str, Any] = {
     "bound": PriorTermGivenX,
     "weights": all_of(unweighted, without_first_step),
     "timesteps": UniformTimesteps,
@@ -158,7 +162,8 @@ def objective(run: Run, vae: VAE) -> VAE:
     if not run.shifted:
         return vae
     device = next(vae.parameters()).device
-    return VAE(vae.encoder, vae.decoder, ShiftedLabels(vae.prior), vae.space).to(device)
+    prior = ShiftedLabels(check_diffusion(vae.prior))
+    return VAE(vae.encoder, vae.decoder, prior, vae.space).to(device)
 
 
 def train(run: Run, vae: VAE, data: ImageData, args: argparse.Namespace, seed: int) -> None:
@@ -183,7 +188,8 @@ def train(run: Run, vae: VAE, data: ImageData, args: argparse.Namespace, seed: i
 @torch.no_grad()
 def test_terms(run: Run, vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str, float]:
     r"""Returns the terms of a run's objective on the test images, over all of its timesteps."""
-    elbo, terms = run.estimator(timesteps="all", entropy="exact"), {}
+    elbo = run.estimator(timesteps="all", entropy="exact")
+    terms: dict[str, float] = {}
     vae = objective(run, vae)
     with evaluating(vae, seed=0):
         for x, _ in in_batches(vae, data.test, batch_size=args.batch_size):
@@ -238,6 +244,13 @@ class TrainMode(nn.Module):
         return self.encoder.train()(x)
 
 
+def normals_of(q_z0: TorchDistribution) -> Normal:
+    r"""Returns the normals of a posterior, which is Gaussian in every run."""
+    normals = base_normal(q_z0)
+    assert normals is not None
+    return normals
+
+
 @torch.no_grad()
 def coupling(vae: VAE, data: ImageData, args: argparse.Namespace) -> float:
     r"""Returns the KL between the posteriors of an image in two batches, a mean over images."""
@@ -247,7 +260,7 @@ def coupling(vae: VAE, data: ImageData, args: argparse.Namespace) -> float:
         posteriors = []
         for _ in range(2):
             order = torch.randperm(len(x))
-            normals = [base_normal(encoder(x[i])) for i in order.split(args.batch_size)]
+            normals = [normals_of(encoder(x[i])) for i in order.split(args.batch_size)]
             loc, scale = (torch.cat([getattr(q, p) for q in normals]) for p in ("loc", "scale"))
             back = order.argsort()
             posteriors.append(Normal(loc[back], scale[back]))
@@ -259,7 +272,7 @@ def latent_scales(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[s
     r"""Returns the root mean square of the latents, and the typical scale of a posterior."""
     with evaluating(vae, seed=0):
         batches = in_batches(vae, data.test, batch_size=args.batch_size)
-        q = [base_normal(vae.encoder(x)) for x, _ in batches]
+        q = [normals_of(vae.encoder(x)) for x, _ in batches]
     loc, scale = torch.cat([p.loc for p in q]), torch.cat([p.scale for p in q])
     rms = (loc.square() + scale.square()).mean().sqrt()
     return {"latent_rms": rms.item(), "posterior_sd": scale.log().mean().exp().item()}

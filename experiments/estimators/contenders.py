@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pyro_vaediff.diffusion import base_normal, normal, q_reverse_moments
 from pyro_vaediff.infer import LossAwareTimesteps, Term, Timestep_ELBO
+from pyro_vaediff.infer.trace_kl_elbo import sites
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.schedules import at_time
 
@@ -56,7 +58,7 @@ class GradientAware(LossAwareTimesteps):
 class _Corrected(Timestep_ELBO):
     r"""Changes the terms of sampled timesteps, whose KLs are given z_0."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.proposal is None or self.collapse.conditioning != "z_0":
             raise ValueError(
@@ -67,7 +69,7 @@ class _Corrected(Timestep_ELBO):
         for term in super().site_terms(model_trace, guide_trace):
             if term.role == "steps":
                 scope = term.name.removesuffix("z_s")
-                z_t, start = (guide_trace.nodes[scope + name] for name in ("z_t", "z_0"))
+                z_t, start = (sites(guide_trace)[scope + name] for name in ("z_t", "z_0"))
                 yield from self.correct(term, z_t["value"], start)
             else:
                 yield term
@@ -103,8 +105,10 @@ class Hybrid_ELBO(_Corrected):
 
     def difference(self, site: dict, z_t: Tensor, start: dict) -> Tensor:
         prior, t = site["infer"]["prior"], site["infer"]["t"]
-        n, q_z0 = prior.event_dim, base_normal(start["fn"])
-        q_z0 = normal(q_z0.loc.detach(), q_z0.scale.detach(), n)
+        n, base = prior.event_dim, base_normal(start["fn"])
+        if base is None:
+            raise ValueError("q(z_0 | x) must be a diagonal Gaussian")
+        q_z0 = normal(base.loc.detach(), base.scale.detach(), n)
         loc, _ = q_reverse_moments(prior.schedule, q_z0, z_t, t, event_dim=n)
         p_s = prior.reverse(z_t, t)
         difference = (site["fn"].mean - loc).detach() / p_s.variance.detach()
@@ -195,7 +199,9 @@ class Shared(Coupled):
 class _Coupled_ELBO(Timestep_ELBO):
     coupling: type[Coupled]
 
-    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+    def _get_trace(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[Trace, Trace]:
         guide = self.coupling(self.mirrored_plates[0])(guide)
         return super()._get_trace(model, guide, args, kwargs)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vaediff.diffusion import gaussian_moments
 from pyro_vaediff.infer import Timestep_ELBO
+from pyro_vaediff.sampling.samplers import check_diffusion
 from pyro_vaediff.schedules import at_time
 from pyro_vaediff.vae import VAE
 
@@ -27,16 +31,20 @@ class NoisyIWAE(Timestep_ELBO):
     number of particles is :math:`K`.
     """
 
-    def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> dict[str, Tensor]:
+    def terms(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         r"""Returns the loss, whose logarithm has no terms, summed over the data."""
         log_weights = torch.stack(self.log_weights(model, guide, *args, **kwargs))
         bounds = torch.logsumexp(log_weights, dim=0) - math.log(self.num_particles)
         return {"-log-mean-exp": -bounds.sum()}
 
-    def log_weights(self, model: Callable, guide: Callable, *args, **kwargs) -> list[Tensor]:
+    def log_weights(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> list[Tensor]:
         r"""Returns the estimates :math:`\hat w_k`, each with shape :math:`(B,)`."""
         return [
-            -sum(v.flatten(0, -2).sum(0) if v.ndim > 1 else v for _, v, *_ in terms)
+            -reduce(add, (v.flatten(0, -2).sum(0) if v.ndim > 1 else v for _, v, *_ in terms))
             for terms in self.particles(model, guide, *args, **kwargs)
         ]
 
@@ -91,11 +99,12 @@ def mean_field_bias(
     Raises:
         ValueError: If the reverse variance is learned.
     """
-    if vae.prior.denoiser.variance.num_outputs > 1:
+    prior = check_diffusion(vae.prior)
+    if prior.denoiser.variance.num_outputs > 1:
         raise ValueError("the bias is known for a fixed reverse variance, got a learned one")
-    schedule, kernel = vae.prior.schedule, vae.prior.denoiser.kernel
+    schedule, kernel = prior.schedule, prior.denoiser.kernel
     m, s2 = gaussian_moments(vae.encoder(x))
-    last = {"forward": vae.prior.num_timesteps, "posterior": 1, "reversed": 0}[order]
+    last = {"forward": prior.num_timesteps, "posterior": 1, "reversed": 0}[order]
 
     betas, alphas_cumprod = schedule.betas, schedule.alphas_cumprod
     one_minus, alphas = schedule.one_minus_alphas_cumprod, schedule.alphas
@@ -108,7 +117,7 @@ def mean_field_bias(
         # What mu has in common for both signs of the deviation is noise without it.
         step = noise(at_time(betas, t), len(t))
         up, down = (
-            vae.prior.reverse(at_time(alphas, t).sqrt() * (mean + z) + step, t).mean
+            prior.reverse(at_time(alphas, t).sqrt() * (mean + z) + step, t).mean
             for z in (deviation, -deviation)
         )
         products = deviation * (up - down) / (2 * at_time(kernel.sigmas, t).square())

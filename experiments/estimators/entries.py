@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from typing import Any
 
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor
@@ -36,7 +37,7 @@ def predict_log_mean_exp(elbo: NoisyIWAE, vae: VAE, x: Tensor, draws: int) -> li
     return [log_mean_exp_bias(elbo, vae, x, max(4, draws // 8)) for _ in range(4)]
 
 
-LD = {"low_discrepancy": True}
+LD: dict[str, Any] = {"low_discrepancy": True}
 ANTITHETIC = LD | {"antithetic": True}
 
 _entries = [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
@@ -55,7 +57,8 @@ def log_axis(axis: Axis, values: Tensor, margin: float, room: float = 0.0) -> tu
     low, high = values.min().item(), values.max().item()
     margin = max(margin, (high / low) ** 0.04)
     low, high = low / margin / (high / low) ** room, high * margin
-    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    name = "x" if isinstance(axis, XAxis) else "y"
+    axis.axes.set(**{f"{name}scale": "log", f"{name}lim": (low, high)})
     if high < 100 * low:  # powers of ten would be too few
         subs = (1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
         axis.set_major_locator(LogLocator(subs=subs))
@@ -69,7 +72,7 @@ def wrap(name: str) -> str:
     return fill(name.replace(" = ", "\u00a0=\u00a0"), 26)
 
 
-def legend_outside(owner: Axes | Figure, width: float, **place: object) -> None:
+def legend_outside(owner: Axes | Figure, width: float, **place: Any) -> None:
     r"""Draws a legend beside the data, as large and wide as fits into a width in pixels."""
     columns = (1,) if place["loc"] == "outside right center" else (4, 3, 2, 1)
     for n, size in ((n, size) for size in (FONT, FONT - 2, FONT - 4) for n in columns):
@@ -89,7 +92,9 @@ def label_points(axes: Axes, points: Tensor, names: Mapping[int, str], line: Ten
         names: The names, by the index of their points.
         line: The corners of a staircase to be kept clear, with shape :math:`(m, 2)`.
     """
-    figure, pt = axes.figure, axes.figure.dpi / 72
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # on which the axes are
+    pt = figure.dpi / 72
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # places hold for this layout
     dots, corners = (torch.from_numpy(axes.transData.transform(x.numpy())) for x in (points, line))
@@ -98,7 +103,9 @@ def label_points(axes: Axes, points: Tensor, names: Mapping[int, str], line: Ten
     stairs = (stairs / (4 * pt)).round().unique(dim=0) * 4 * pt  # short steps have too many
     start, stop = dots.new_tensor(axes.bbox.padded(-4 * pt).get_points())
     margin, fontsize = dots.new_tensor([5 * pt, pt]), FONT - 2 if len(names) <= 12 else FONT - 4
-    texts, boxes, rods = {}, {}, {}
+    texts: dict[int, Text] = {}
+    boxes: dict[int, tuple[Tensor, Tensor]] = {}
+    rods: dict[int, Tensor] = {}
     for i, name in names.items():
         texts[i] = axes.text(0, 0, name, fontsize=fontsize, zorder=4, ha="left", va="bottom")
         texts[i].set_path_effects([withStroke(linewidth=3, foreground="white")])
@@ -120,13 +127,13 @@ def label_points(axes: Axes, points: Tensor, names: Mapping[int, str], line: Ten
         for j in boxes:
             if j != i:
                 cost += 1e5 * ((low < boxes[j][1]) & (boxes[j][0] < high)).all(-1)[:, 0]
-                cost += 1e3 * touch(*boxes[j], rod)
+                cost += 1e3 * touch(boxes[j][0], boxes[j][1], rod)
         best = cost.argmin()
         boxes[i] = low[best, 0] - margin, high[best, 0] + margin
         rods[i] = rod[best] if mine[best] > 12 or confusing[best] else rod[best, :0]
     to_data = axes.transData.inverted().transform
     for i, text in texts.items():
-        text.set_position(to_data((boxes[i][0] + margin).numpy()))
+        text.set_position(tuple(to_data((boxes[i][0] + margin).numpy())))
         axes.plot(*to_data(rods[i].numpy()).T, color=GREY, linewidth=0.8, zorder=2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.patches import Patch
@@ -92,14 +93,15 @@ def plot_pareto(
     for k in range(first, last + 1):
         label = f"equal variance × time,\n{factor}× apart" if k == first else ""
         merit = float(factor) ** k
-        style = {"color": "#BBBBBB", "linewidth": 0.8, "zorder": 1, "label": label}
-        axes.plot([left, right], [merit / left, merit / right], **style)
+        line = [merit / left, merit / right]
+        axes.plot([left, right], line, color="#BBBBBB", linewidth=0.8, zorder=1, label=label)
     x = torch.cat([cost[front], cost.new_tensor([right])]).repeat_interleave(2)[:-1]
     y = torch.cat([cost.new_tensor([top]), variance[front]]).repeat_interleave(2)[1:]
     axes.plot(x, y, color=BLACK, linewidth=2, label="Pareto frontier")
     for i, group in enumerate(dict.fromkeys(groups)):
         mine = [j for j, other in enumerate(groups) if other == group]
-        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "s": 70}
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        style: dict[str, Any] = {"color": color, "marker": marker, "s": 70}
         axes.scatter(cost[mine], variance[mine], ec="white", label=wrap(group), zorder=3, **style)
         mine = [j for j in mine if j in front]
         axes.scatter(cost[mine], variance[mine], ec=BLACK, zorder=3.5, **style)
@@ -151,8 +153,9 @@ def plot_convergence(
     for i, (name, (n, error)) in enumerate(runs.items()):
         biased = bool(errors[name]["biased"])
         colors, k = BIASED if biased else UNBIASED, count[biased]
-        style = {"color": colors[k % len(colors)], "linestyle": DASHES[1 + k % 3 if biased else 0]}
-        style |= {"linewidth": 2.5, "marker": MARKERS[i % len(MARKERS)] if len(n) <= 30 else ""}
+        style: dict[str, Any] = {"color": colors[k % len(colors)], "linewidth": 2.5}
+        style |= {"linestyle": DASHES[1 + k % 3 if biased else 0]}
+        style |= {"marker": MARKERS[i % len(MARKERS)] if len(n) <= 30 else ""}
         axes.plot(n, error, label=wrap(f"{name} (biased)" if biased else name), **style)
         count[biased] += 1
     guide = 1.5 * max((n.sqrt() * error).max() for n, error in fair) / ends.sqrt()
@@ -205,7 +208,7 @@ def plot_gradient_noise(
                 message = "must not be negative, nor zero everywhere, got a smallest value of"
                 raise ValueError(f"{kind} {name!r} {message} {values.min():g}")
     # A name has one look in both panels, and two names have two.
-    looks = {}
+    looks: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(name for name in {**noise, **proposals} if name != "optimal"):
         looks[name] = {"color": COLORS[i % 6], "linestyle": DASHES[i % 4], "linewidth": 2.5}
     looks["optimal"] = {"color": BLACK, "linewidth": 6, "zorder": 1.9}
@@ -268,7 +271,7 @@ def plot_training(
     for axes, key in ((left, "seconds"), (right, "steps")):
         for i, (name, mean) in enumerate(means.items()):
             color, x, y, band = COLORS[i % len(COLORS)], mean[key], mean["loss"], mean["band"]
-            style = {"linestyle": DASHES[i % len(DASHES)]}
+            style: dict[str, Any] = {"linestyle": DASHES[i % len(DASHES)]}
             style |= {"marker": "o", "clip_on": False} if len(y) == 1 else {}
             axes.plot(x, y, color=color, linewidth=2.5, label=name, **style)
             if band.any():

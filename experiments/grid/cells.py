@@ -174,7 +174,9 @@ def make_preset(
         for dataset, options in datasets.items()
     }
     seeds = read_integers("seeds", content.get("seeds", [0]) if seeds is None else list(seeds), 0)
-    titles = [{k: str(v.pop("title", k)) for k, v in part.items()} for part in (datasets, rows)]
+    titles, row_titles = (
+        {k: str(v.pop("title", k)) for k, v in part.items()} for part in (datasets, rows)
+    )
     for option, path in paths.items():
         by_dataset = dict.fromkeys(datasets, path) if isinstance(path, str) else path
         check_names(f"--{option}", by_dataset, datasets)
@@ -204,7 +206,7 @@ def make_preset(
                 cells.append(check_cell(replace(cell, options=options)))
     title, reference = str(content.get("title", name)), content.get("reference")
     check_names("reference", [] if reference is None else [reference], rows)
-    return Preset(name, title, *titles, latent_dims, seeds, reference, cells)
+    return Preset(name, title, titles, row_titles, latent_dims, seeds, reference, cells)
 
 
 def read_overrides(

@@ -16,6 +16,7 @@ from pyro_vaediff.files import read_json, write_atomically, write_csv
 from pyro_vaediff.plotting import save_panels
 from pyro_vaediff.sampling import point, reconstruct, sample
 from pyro_vaediff.train import load_vae
+from pyro_vaediff.train.report import pixel_space
 from pyro_vaediff.train.runs import BEST
 
 from .cells import Cell, Preset
@@ -112,19 +113,22 @@ def load_images(cell: Cell) -> ImageData | None:
 
 
 @torch.no_grad()
-def decoded(cell: Cell, out: Path, data: ImageData | None, device: str) -> list[Tensor | None]:
+def decoded(
+    cell: Cell, out: Path, data: ImageData | None, device: torch.device
+) -> list[Tensor | None]:
     r"""Returns samples of the best model of a cell and reconstructions of the test images."""
     if not has_model(cell, out):
         return [None, None]
     vae, _ = load_vae(cell.folder(out), device)
+    space = pixel_space(vae)
     torch.manual_seed(cell.seed)
-    pictures = [vae.space.to_unit(point(vae.decoder(sample(vae.prior, NUM_IMAGES))))]
+    pictures = [space.to_unit(point(vae.decoder(sample(vae.prior, NUM_IMAGES))))]
     if data is None:
         return [*pictures, None]
-    return [*pictures, vae.space.to_unit(reconstruct(vae, preprocess(vae, data.test)))]
+    return [*pictures, space.to_unit(reconstruct(vae, preprocess(vae, data.test)))]
 
 
-def save_pictures(preset: Preset, out: Path, device: str) -> None:
+def save_pictures(preset: Preset, out: Path, device: torch.device) -> None:
     r"""Writes figures 1 and 2 of the paper, from the models of the first seed."""
     first = [cell for cell in preset.cells if cell.seed == preset.seeds[0]]
     for dataset, title in preset.datasets.items():

@@ -7,15 +7,17 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..infer import Estimator
+from ..sampling.samplers import check_diffusion
 from ..vae import VAE
 
 __all__ = ["count_evaluations", "peak_memory", "step_times", "whole_step"]
@@ -32,9 +34,8 @@ def count_evaluations(vae: VAE) -> Iterator[dict[str, int]]:
         A context, inside of which the counts of ``"encoder"``, ``"decoder"`` and ``"denoiser"``
         add up: one for each image, latent or :math:`z_t`.
     """
-    networks = {
-        "encoder": vae.encoder, "decoder": vae.decoder, "denoiser": vae.prior.denoiser.backbone
-    }  # fmt: skip
+    denoiser = check_diffusion(vae.prior).denoiser.backbone
+    networks = {"encoder": vae.encoder, "decoder": vae.decoder, "denoiser": denoiser}
     latent = vae.prior.event_dim
     dims = {"encoder": None, "decoder": latent, "denoiser": latent}
     counts = dict.fromkeys(networks, 0)
@@ -59,12 +60,14 @@ def count_evaluations(vae: VAE) -> Iterator[dict[str, int]]:
 class _LiveMemory(TorchDispatchMode):
     r"""Follows the bytes of the tensors that operations create, until they are freed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if is_tensor(t)}
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
@@ -87,7 +90,7 @@ class _LiveMemory(TorchDispatchMode):
         weakref.finalize(storage, free)
 
 
-def is_tensor(x: object) -> bool:
+def is_tensor(x: object) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor)
 
 
@@ -112,7 +115,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     return memory.peak
 
 
-def whole_step(elbo: ELBO, vae: VAE, x: Tensor) -> Callable[[], object]:
+def whole_step(elbo: Estimator, vae: VAE, x: Tensor) -> Callable[[], object]:
     r"""Returns a whole training step: loss, gradient, clipping, Adam. It leaves the VAE as it is.
 
     Arguments:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyro.infer import ELBO
 from torch import Tensor
 
-from ..infer import Proposal, Timestep_ELBO, particle_options
+from ..infer import Estimator, Proposal, Timestep_ELBO, particle_options
 from ..vae import VAE
 
 __all__ = ["Entry", "timestep_entry"]
@@ -33,7 +32,7 @@ class Entry:
 
     name: str
     group: str
-    make: Callable[[], ELBO]
+    make: Callable[[], Estimator]
     order: str = "forward"
     unrolled: bool = False
     warmup: int = 0
@@ -65,7 +64,8 @@ def timestep_entry(
         >>> timestep_entry("importance", k=8, low_discrepancy=True).name
         'importance LD k=8 | z_0'
     """
-    options = {"low_discrepancy": False, "antithetic": False, "entropy": "exact"} | options
+    plain: dict[str, Any] = {"low_discrepancy": False, "antithetic": False, "entropy": "exact"}
+    options = plain | options
     name = timesteps + " LD" * options["low_discrepancy"] + f" k={k}" * (timesteps != "all")
     name += f" | {conditioning}"
     particles = options.get("num_particles", 1)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import pyro
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
-from ..infer import Proposal, Timestep_ELBO
+from ..infer import Estimator, Proposal, Timestep_ELBO
 from ..priors import DiffusionPrior
 from ..vae import VAE
 
@@ -55,7 +54,7 @@ class Noise:
     bias_se: float
 
 
-def draw(elbo: ELBO, vae: VAE, batches: Iterable[Tensor]) -> Draws:
+def draw(elbo: Estimator, vae: VAE, batches: Iterable[Tensor]) -> Draws:
     r"""Draws the loss and the gradient of a VAE once for each batch.
 
     Arguments:
@@ -67,14 +66,16 @@ def draw(elbo: ELBO, vae: VAE, batches: Iterable[Tensor]) -> Draws:
     modules = {name: list(module.parameters()) for name, module in vae.named_children()}
     for parameter in vae.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    values, gradients = [], {name: [] for name in modules}
+    values: list[float] = []
+    gradients: dict[str, list[Tensor]] = {name: [] for name in modules}
     # The denoiser would otherwise fill the parameter store of whoever calls this.
     with pyro.get_param_store().scope():
         for x in batches:
             vae.zero_grad(set_to_none=False)
             values.append(elbo.loss_and_grads(vae.model, vae.guide, x) / len(x))
             for name, group in modules.items():
-                gradients[name].append(torch.cat([p.grad.flatten() for p in group]) / len(x))
+                grads = [p.grad.flatten() for p in group if p.grad is not None]
+                gradients[name].append(torch.cat(grads) / len(x))
     vae.zero_grad()
     return Draws(
         torch.tensor(values, dtype=torch.float64),
@@ -142,11 +143,11 @@ def gradient_noise_by_timestep(
         The root mean squares for the encoder and the prior, with shape :math:`(n,)` each.
     """
     modules = {"encoder": vae.encoder, "prior": vae.prior}
-    squares = {name: [] for name in modules}
+    squares: dict[str, list[Tensor]] = {name: [] for name in modules}
     with pyro.get_param_store().scope():
         for t in timesteps:
             elbo = Timestep_ELBO(_One(int(t)), k=1, conditioning=conditioning)
-            total = dict.fromkeys(modules, 0.0)
+            total = {name: x.new_zeros(()) for name in modules}
             for datum in x.repeat(draws, *(1 for _ in x.shape[1:])).split(1):
                 term = elbo.terms(vae.model, vae.guide, datum)["z_s"]
                 parameters = [list(module.parameters()) for module in modules.values()]

@@ -20,7 +20,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..infer import Timestep_ELBO, particle_options
+from ..infer import Timestep_ELBO, differentiable_terms, particle_options
+from ..sampling.samplers import check_diffusion
 from ..testing.oracle import Oracle
 from ..vae import VAE
 from .cost import count_evaluations, peak_memory, step_times, whole_step
@@ -48,11 +49,12 @@ Record = dict[str, Any]
 @contextmanager
 def guide_order(vae: VAE, order: str) -> Iterator[None]:
     r"""A context inside of which the guide of a VAE's diffusion prior has an order."""
-    before, vae.prior.order = vae.prior.order, order
+    prior = check_diffusion(vae.prior)
+    before, prior.order = prior.order, order
     try:
         yield
     finally:
-        vae.prior.order = before
+        prior.order = before
 
 
 def training_step(entry: Entry, vae: VAE, x: Tensor) -> Callable[[], object]:
@@ -143,7 +145,7 @@ def measure(
     with guide_order(vae, entry.order):
         with pyro.get_param_store().scope():
             for _ in range(entry.warmup):
-                elbo.differentiable_loss(vae.model, vae.guide, x)
+                differentiable_terms(elbo, vae.model, vae.guide, x)
         start = time.perf_counter()
         sample = draw(elbo, vae, [x])
         elapsed = time.perf_counter() - start
@@ -201,7 +203,8 @@ def draw_values(
         The losses in nats per datum, with shape :math:`(N,)`.
     """
     elbo = entry.make()
-    values, start = [], time.perf_counter()
+    values: list[float] = []
+    start = time.perf_counter()
     with guide_order(vae, entry.order), pyro.get_param_store().scope():
         while len(values) < draws:
             values.append(elbo.loss(vae.model, vae.guide, x) / len(x))
@@ -223,7 +226,8 @@ def measure_costs(
         x: The data, with shape :math:`(B, *)`.
         repeats: How many times each step is timed; once if it takes more than a second.
     """
-    steps, costs = {False: {}, True: {}}, {}
+    steps: dict[bool, dict[str, Callable[[], object]]] = {False: {}, True: {}}
+    costs: dict[str, Record] = {}
     for entry in entries:
         step = training_step(entry, vae, x)
         (first,) = step_times([step], 1, x.device)

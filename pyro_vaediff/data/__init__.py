@@ -106,9 +106,11 @@ class ImageData:
                     f"but levels={self.levels} allows 0..{self.levels - 1}"
                 )
             labels = getattr(self, f"{split}_labels")
-            if (labels is None) != (self.num_classes is None):
+            if labels is None and self.num_classes is None:
+                continue
+            if labels is None or self.num_classes is None:
                 raise ValueError(f"{where}_labels and num_classes go together: give both or none")
-            if labels is not None and not (
+            if not (
                 (labels.dtype, labels.shape) == (torch.int64, images.shape[:1])
                 and 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
             ):
@@ -218,12 +220,15 @@ def load(
         source = sources.from_torchvision(name, root, **options, download=download, seed=seed)
     if name != "celeba":  # its splits are official, and to read them all takes seconds
         warn_of_copies(name, *source.images)
+    train_labels, validation_labels, test_labels = source.labels or (None, None, None)
     return ImageData(
         name,
         *source.images,
-        17 if name == "digits" else 256,
-        name == "cifar10",
-        listed and list_name(listed),
-        *(source.labels or (None, None, None)),
-        source.num_classes,
+        levels=17 if name == "digits" else 256,
+        horizontal_flip=name == "cifar10",
+        groups=None if listed is None else list_name(listed),
+        train_labels=train_labels,
+        validation_labels=validation_labels,
+        test_labels=test_labels,
+        num_classes=source.num_classes,
     )

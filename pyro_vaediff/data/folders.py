@@ -58,7 +58,7 @@ def folder(
                 f"{len(splits) + 1} splits need a group each: list more groups, or leave it out"
             )
         split_of = hold_out(keys, permutation(count, seed).tolist(), splits)
-        parts = {split: [] for split in (*splits, "train")}
+        parts: dict[str, list[Path]] = {split: [] for split in (*splits, "train")}
         for path, split in zip(paths, split_of, strict=True):
             parts[split].append(path)
         return list(parts.values())

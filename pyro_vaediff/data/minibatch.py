@@ -61,10 +61,14 @@ def batches(
     check_whole("batch_size", batch_size)
     device = torch.device(device)
 
-    rng = {"generator": generator, "device": generator.device if generator else "cpu"}
-    order = torch.randperm(count, **rng) if shuffle else torch.arange(count, device="cpu")
-    order = order.to(images.device)
-    flipped = to_device(torch.rand(count, **rng) < 0.5, device) if flip else None
+    source = generator.device if generator else torch.device("cpu")
+    order = torch.arange(count, device="cpu")
+    if shuffle:
+        order = torch.randperm(count, generator=generator, device=source)
+    order, flipped = order.to(images.device), None
+    if flip:
+        chosen = torch.rand(count, generator=generator, device=source) < 0.5
+        flipped = to_device(chosen, device)
 
     stop = count - count % batch_size if drop_last and count >= batch_size else count
     parts = [

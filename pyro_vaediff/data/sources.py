@@ -129,15 +129,15 @@ def celeba(
 
     size, depth = image_size or 64, channels or 3
     splits = []
-    for split, files in zip(("train", "validation", "test"), names, strict=True):
-        paths = [base / "img_align_celeba" / name for name in files[:limit]]
+    for name, files in zip(("train", "validation", "test"), names, strict=True):
+        paths = [base / "img_align_celeba" / file for file in files[:limit]]
         if not paths:
-            raise ValueError(f"{partition} lists no image of the {split} split")
-        cache = base / f"{split}-{size}px-{depth}ch-{len(paths)}.npy"
+            raise ValueError(f"{partition} lists no image of the {name} split")
+        cache = base / f"{name}-{size}px-{depth}ch-{len(paths)}.npy"
         shape = (len(paths), depth, size, size)
         images = _read_cache(cache, shape)
         if images is None:
-            label = f"celeba {split}"
+            label = f"celeba {name}"
             images = decode_files(paths, image_size=size, channels=depth, description=label)
             _write_cache(cache, images)
         splits.append(torch.from_numpy(images))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..arguments import check_seed, check_whole
-from ..infer import Reweighted, Timestep_ELBO, elbo_terms
+from ..infer import Estimator, Reweighted, Timestep_ELBO, elbo_terms
 from ..infer.terms import differentiable_terms
 from ..likelihoods import check_range
 from ..nn.modes import eval_mode
@@ -49,7 +49,7 @@ def value_elbo(k: int = 32) -> Timestep_ELBO:
 def evaluate(
     vae: VAE,
     data: Data,
-    elbo: pyro.infer.ELBO | None = None,
+    elbo: Estimator | None = None,
     *,
     c: Tensor | None = None,
     batch_size: int = 100,

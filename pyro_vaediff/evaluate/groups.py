@@ -3,7 +3,7 @@ r"""What each group of latents is used for: its KL, and how many of its units ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -87,7 +87,9 @@ def active_units(
     check_nonnegative("threshold", threshold)
     # Of the chains, only z_0 and what a single step needs.
     guide = Timestep_ELBO("uniform", k=1).collapse(vae.guide)
-    counts, means, squares = 0, {}, {}
+    counts = 0
+    means: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     with evaluating(vae, seed):
         for x, c_x in in_batches(vae, data, c, batch_size):
             trace = poutine.trace(lambda *args: call(guide, *args)).get_trace(x, c_x)
@@ -96,7 +98,8 @@ def active_units(
                 if site["type"] != "sample" or name.rpartition("/")[2] != "z_0":
                     continue
                 # Welford's update, batch by batch.
-                mean, group = site["fn"].mean.double(), group_of(name)
+                fn: Any = site["fn"]
+                mean, group = fn.mean.double(), group_of(name)
                 old = means.get(group, torch.zeros_like(mean[0]))
                 new = old + (mean - old).sum(0) / counts
                 update = ((mean - old) * (mean - new)).sum(0)

@@ -15,7 +15,7 @@ from .proposals import (
     variance_kl,
 )
 from .reweighted import REWEIGHTINGS, Reweighted
-from .terms import differentiable_terms, elbo_terms
+from .terms import Estimator, differentiable_terms, elbo_terms
 from .timestep_elbo import CollapseChain, Timestep_ELBO
 from .trace_kl_elbo import Term, TermsELBO, TraceKL_ELBO
 
@@ -25,6 +25,7 @@ __all__ = [
     "REWEIGHTINGS",
     "Antithetic",
     "CollapseChain",
+    "Estimator",
     "FreeBits",
     "ImportanceTimesteps",
     "KLWeight",

@@ -16,8 +16,12 @@ References:
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Size
 
@@ -52,14 +56,14 @@ class Antithetic(Messenger):
         super().__init__()
         self.plates = plates
 
-    def _pyro_sample(self, msg: dict) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["done"] or msg["value"] is not None or site_is_subsample(msg):
             return
         dims = {frame.name: frame.dim for frame in msg["cond_indep_stack"]}
         dim = next((dims[name] for name in self.plates if name in dims), None)
-        if dim is None or msg["fn"].batch_shape[dim] % 2:
+        fn = cast(TorchDistribution, msg["fn"])
+        if dim is None or fn.batch_shape[dim] % 2:
             return
-        fn = msg["fn"]
         half = list(fn.batch_shape)
         half[dim] //= 2
         if isinstance(fn, Timesteps):

@@ -3,13 +3,16 @@ r"""Checks of when an estimator is valid for a pair of programs."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 from pyro.infer.inspect import get_dependencies
 
 __all__ = ["check_mean_field"]
 
 
-def check_mean_field(model: Callable, guide: Callable, *args, **kwargs) -> dict[str, set[str]]:
+def check_mean_field(
+    model: Callable, guide: Callable, *args: Any, **kwargs: Any
+) -> dict[str, set[str]]:
     r"""Names the latent sites for which a closed-form KL divergence is wrong.
 
     :class:`pyro.infer.TraceMeanField_ELBO` replaces :math:`\log q(z | \cdot) - \log p(z | \cdot)`
@@ -55,4 +58,5 @@ def check_mean_field(model: Callable, guide: Callable, *args, **kwargs) -> dict[
 
 def direct_parents(program: Callable, args: tuple, kwargs: dict) -> dict[str, set[str]]:
     dependencies = get_dependencies(program, args, kwargs)["prior_dependencies"]
-    return {name: set(upstream) - {name} for name, upstream in dependencies.items()}
+    known = cast("dict[str, dict[str, set[str]]]", dependencies)  # as Pyro documents it
+    return {name: set(upstream) - {name} for name, upstream in known.items()}

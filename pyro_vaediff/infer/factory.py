@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import Trace_ELBO
 
 from ..arguments import check_choice, check_whole
 from .reweighted import Reweighted
@@ -17,7 +17,7 @@ __all__ = ["ESTIMATORS", "make_elbo", "particle_options"]
 ESTIMATORS = {"timestep": Timestep_ELBO, "trace": Trace_ELBO, "trace-kl": TraceKL_ELBO}
 
 
-def particle_options(num_particles: int) -> dict[str, int | bool]:
+def particle_options(num_particles: int) -> dict[str, Any]:
     r"""Returns the options of an estimator with that many vectorized particles, for a VAE.
 
     They are in a plate outside of those of the data and of the timesteps.
@@ -33,7 +33,7 @@ def particle_options(num_particles: int) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def make_elbo(name: str, weighting: str = "elbo", **options: Any) -> ELBO:
+def make_elbo(name: str, weighting: str = "elbo", **options: Any) -> Trace_ELBO:
     r"""Returns the estimator of that name.
 
     Arguments:
@@ -44,8 +44,8 @@ def make_elbo(name: str, weighting: str = "elbo", **options: Any) -> ELBO:
     """
     check_choice("estimator", name, ESTIMATORS)
     if name != "timestep":
-        known = inspect.signature(ESTIMATORS[name]).parameters
-        known = known | inspect.signature(Trace_ELBO).parameters
+        ours, theirs = (inspect.signature(made) for made in (ESTIMATORS[name], Trace_ELBO))
+        known = {*ours.parameters, *theirs.parameters}
         options = {key: value for key, value in options.items() if key in known}
     elbo = ESTIMATORS[name](**options)
     return elbo if weighting == "elbo" else Reweighted(elbo, weighting)

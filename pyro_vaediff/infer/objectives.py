@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -85,7 +86,9 @@ class FreeBits(Reweighted):
         super().__init__(elbo, lambda term: term.value)
         self.nats, self.name = nats, f"free bits, {nats} nats"
 
-    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+    def particles(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> list[list[Term]]:
         particles = self.elbo.particles(model, guide, *args, **kwargs)
         return [self.clamp(terms) for terms in particles]
 
@@ -97,7 +100,7 @@ class FreeBits(Reweighted):
                 groups[group_of(term.name)].append(term)
         kept = [term for term in terms if term.role == "observed"]
         for members in groups.values():
-            total = sum(term.value.sum() for term in members)
+            total = torch.stack([term.value.sum() for term in members]).sum()
             free = self.free(members)
             above = (total.detach() > free).to(free.dtype)
             first, *others = (term._replace(value=term.value * above) for term in members)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor, nn
 
+from ..arguments import check_choice
 from ..priors import DiffusionPrior
 
 __all__ = [
@@ -64,7 +67,7 @@ class Timesteps(dist.TorchDistribution):
         probs: Tensor,
         first: int = 1,
         low_discrepancy: bool = False,
-        batch_shape: Size = Size(),  # noqa: B008, immutable
+        batch_shape: Sequence[int] = (),
         validate_args: bool | None = None,
     ):
         self.probs = probs
@@ -76,14 +79,14 @@ class Timesteps(dist.TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.integer_interval(self.first, self.first + len(self.probs) - 1)
 
-    def expand(self, batch_shape: Size, _instance: None = None) -> Timesteps:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Timesteps:
         new = Timesteps(
             self.probs, self.first, self.low_discrepancy, batch_shape, validate_args=False
         )
         new._validate_args = self._validate_args  # of values; the probabilities have been validated
         return new
 
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008, immutable
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
         # In float64, as the probabilities of thousands of timesteps are far below 1e-3.
         cdf = self.probs.double().cumsum(0)
@@ -211,7 +214,9 @@ class LossAwareTimesteps(Proposal):
         mean = torch.where(count > 0, total / count.clamp(min=1), self.squares)
         self.squares = torch.lerp(mean, self.squares, self.decay)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # The table gets its length from the first prior that it sees.
         self.squares = torch.zeros_like(state_dict.get(prefix + "squares", self.squares))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -270,3 +275,11 @@ PROPOSALS: dict[str, type[Proposal]] = {
     "importance": ImportanceTimesteps,
     "loss-aware": LossAwareTimesteps,
 }
+
+
+def make_proposal(timesteps: str | Proposal) -> Proposal | None:
+    r"""Returns the proposal of that name, or the given one; there is none for ``"all"``."""
+    if isinstance(timesteps, Proposal):
+        return timesteps
+    check_choice("timesteps", timesteps, ("all", *PROPOSALS))
+    return None if timesteps == "all" else PROPOSALS[timesteps]()

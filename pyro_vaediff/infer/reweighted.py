@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -93,7 +94,7 @@ class Reweighted(TermsELBO):
         >>> objective = Reweighted(Timestep_ELBO(k=1), "simple")
     """
 
-    def __init__(self, elbo: TraceKL_ELBO, weights: str | Reweighting | Mapping[str, float]):
+    def __init__(self, elbo: TermsELBO, weights: str | Reweighting | Mapping[str, float]):
         super().__init__(
             num_particles=elbo.num_particles,
             max_plate_nesting=elbo.max_plate_nesting,
@@ -113,7 +114,9 @@ class Reweighted(TermsELBO):
             weights = lambda term: by_role.get(term.role, 1.0) * term.value  # noqa: E731
         self.weights: Reweighting = weights
 
-    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+    def particles(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> list[list[Term]]:
         particles = self.elbo.particles(model, guide, *args, **kwargs)
         pairs = [[(term, self.weights(term)) for term in terms] for terms in particles]
         return [
@@ -122,10 +125,7 @@ class Reweighted(TermsELBO):
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
-        r"""Returns what the estimator has learned, for checkpoints."""
-        return getattr(self.elbo, "state_dict", dict)()
+        return self.elbo.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        r"""Loads what :meth:`state_dict` returned."""
-        if state_dict:
-            self.elbo.load_state_dict(state_dict)
+        self.elbo.load_state_dict(state_dict)

@@ -3,18 +3,30 @@ r"""The negative ELBO per datum and per term."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
-from pyro.infer import ELBO
 from torch import Tensor
 
 from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import TermsELBO, per_datum
 
-__all__ = ["differentiable_terms", "elbo_terms"]
+__all__ = ["Estimator", "differentiable_terms", "elbo_terms"]
+
+
+class Estimator(Protocol):
+    r"""An estimator of the ELBO: Pyro's ``ELBO`` does not say what all of its kinds can do."""
+
+    num_particles: int
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        r"""Returns an estimate of the negative ELBO."""
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        r"""Returns an estimate of the negative ELBO, and adds its gradient to the parameters'."""
 
 
 def elbo_terms(
-    model: Callable, guide: Callable, *args, elbo: TermsELBO | None = None, **kwargs
+    model: Callable, guide: Callable, *args: Any, elbo: TermsELBO | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
     r"""Returns the terms of the negative ELBO, one value per datum, in nats.
 
@@ -62,9 +74,19 @@ def elbo_terms(
 
 
 def differentiable_terms(
-    elbo: ELBO, model: Callable, guide: Callable, *args, **kwargs
+    elbo: Estimator, model: Callable, guide: Callable, *args: Any, **kwargs: Any
 ) -> dict[str, Tensor]:
-    r"""Returns the terms of a differentiable loss; of Pyro's own estimators only their sum."""
+    r"""Returns the terms of a differentiable loss; of Pyro's own estimators only their sum.
+
+    Raises:
+        ValueError: If the estimator has no such loss.
+    """
     if isinstance(elbo, TermsELBO):
         return elbo.terms(model, guide, *args, **kwargs)
-    return {"-ELBO": elbo.differentiable_loss(model, guide, *args, **kwargs)}
+    loss = getattr(elbo, "differentiable_loss", None)
+    if loss is None:
+        raise ValueError(
+            f"elbo must have a differentiable_loss, such as that of Trace_ELBO, which a "
+            f"{type(elbo).__name__} lacks"
+        )
+    return {"-ELBO": loss(model, guide, *args, **kwargs)}

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..arguments import check_choice, check_whole
 from ..diffusion import normal, q_marginal, q_reverse, q_reverse_moments
-from ..priors import DiffusionPrior
+from ..priors import DiffusionPrior, SiteInfer
 from ..register import register
 from ..schedules import at_time
-from .proposals import PROPOSALS, Proposal, Timesteps, variance_kl
+from .proposals import Proposal, Timesteps, make_proposal, variance_kl
 from .trace_kl_elbo import Term, TraceKL_ELBO
 
 __all__ = ["CollapseChain", "Timestep_ELBO"]
@@ -90,13 +90,13 @@ class CollapseChain(Messenger):
         r"""Interprets ``prior.guide(q_z0, c)``."""
         prior.check_posterior(q_z0)
         q, T, n = prior.schedule, prior.num_timesteps, prior.event_dim
-        legal, given_x = {"closed_form_kl": True}, self.conditioning == "x"
+        legal, given_x = SiteInfer(closed_form_kl=True), self.conditioning == "x"
         start = q_z0 if given_x else pyro.sample("z_0", q_z0, infer=prior.role(0))
         z_T = pyro.sample(f"z_{T}", q_marginal(q, start, T, n), infer=legal | prior.role(T))
         z_1 = z_T if T == 1 else nuisance("z_1", q_marginal(q, start, 1, n))
         for chunk, t in self.timesteps(prior):
             z_t = nuisance(f"z_t{chunk}", q_marginal(q, start, t, n))
-            role = {"role": "steps", "t": t, "prior": prior, "chunk": chunk}
+            role = prior.role(1) | SiteInfer(t=t, chunk=chunk)
             pyro.sample(f"z_s{chunk}", self.q_reverse(prior, start, z_t, t), infer=legal | role)
         if not given_x:
             return start
@@ -122,6 +122,7 @@ class CollapseChain(Messenger):
             first += self.chunk_size
             plate = pyro.plate(f"{PLATE}{chunk}", len(t))
             with plate:
+                assert plate.dim is not None  # inside of the plate
                 yield chunk, t.reshape((-1,) + (1,) * (-1 - plate.dim))
 
     # Given z_0 and with a fixed variance, a KL is a square of means and a constant, whose sum over
@@ -135,7 +136,7 @@ class CollapseChain(Messenger):
         if self.has_constant(prior) and prior.num_timesteps > 1:
             constant = prior.latent_dim * variance_kl(prior).sum().item()
             unit = dist.Unit(prior.schedule.betas.new_full((), -constant))
-            pyro.sample("constant", unit, obs=unit.sample(), infer={"role": "constant"})
+            pyro.sample("constant", unit, obs=unit.sample(), infer=SiteInfer(role="constant"))
 
     def q_reverse(
         self, prior: DiffusionPrior, start: Tensor | dist.TorchDistribution, z_t: Tensor, t: Tensor
@@ -151,7 +152,7 @@ class CollapseChain(Messenger):
 def nuisance(name: str, fn: dist.TorchDistribution) -> Tensor:
     r"""Samples a site whose value matters, but whose density is not part of the bound."""
     with poutine.mask(mask=False):
-        return pyro.sample(name, fn, infer={"role": "nuisance"})
+        return pyro.sample(name, fn, infer=SiteInfer(role="nuisance"))
 
 
 class Timestep_ELBO(TraceKL_ELBO):
@@ -220,19 +221,16 @@ class Timestep_ELBO(TraceKL_ELBO):
         **kwargs: Any,
     ):
         super().__init__(antithetic=antithetic, entropy=entropy, **kwargs)
-        if not isinstance(timesteps, Proposal):
-            check_choice("timesteps", timesteps, ("all", *PROPOSALS))
+        #: The proposal of the first prior, or ``None`` for all timesteps.
+        self.proposal = make_proposal(timesteps)
         for name, value in (("k", k), ("chunk_size", chunk_size)):
             check_whole(name, value)
         check_choice("conditioning", conditioning, CONDITIONINGS)
-        if isinstance(timesteps, str):
-            timesteps = PROPOSALS[timesteps]() if timesteps != "all" else None
-        #: The proposal of the first prior, or ``None`` for all timesteps.
-        self.proposal: Proposal | None = timesteps
-        self._pristine = copy.deepcopy(timesteps)
-        self._proposals: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._pristine = copy.deepcopy(self.proposal)
+        self._proposals: weakref.WeakKeyDictionary[DiffusionPrior, Proposal]
+        self._proposals = weakref.WeakKeyDictionary()
         self._loaded: dict[int, dict[str, Tensor]] = {}  # states of proposals yet to be made
-        propose = None if timesteps is None else self.propose
+        propose = None if self.proposal is None else self.propose
         self.collapse = CollapseChain(propose, k, conditioning, low_discrepancy, chunk_size)
 
     mirrored_plates = (PLATE, *TraceKL_ELBO.mirrored_plates)
@@ -240,7 +238,9 @@ class Timestep_ELBO(TraceKL_ELBO):
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator:
         return super()._get_traces(self.collapse(model), self.collapse(guide), args, kwargs)
 
-    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+    def particles(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> list[list[Term]]:
         particles = super().particles(model, guide, *args, **kwargs)
         # The proposals learn once all particles are done: the number of evaluations is one.
         if self.proposal is not None and torch.is_grad_enabled():
@@ -258,6 +258,7 @@ class Timestep_ELBO(TraceKL_ELBO):
         if prior not in self._proposals:
             number = len(self._proposals)
             proposal = copy.deepcopy(self._pristine) if number else self.proposal
+            assert proposal is not None  # or nobody would ask
             if number in self._loaded:
                 proposal.load_state_dict(self._loaded.pop(number))
             self._proposals[prior] = proposal
@@ -282,8 +283,8 @@ class Timestep_ELBO(TraceKL_ELBO):
         r"""Loads what :meth:`state_dict` returned; priors are told apart by their order."""
         self._loaded = {}
         for full, x in state_dict.items():
-            number, _, name = full.partition(".")
-            self._loaded.setdefault(int(number), {})[name] = x
+            prefix, _, name = full.partition(".")
+            self._loaded.setdefault(int(prefix), {})[name] = x
         for number, proposal in enumerate(self._proposals.values()):
             if number in self._loaded:
                 proposal.load_state_dict(self._loaded.pop(number))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -12,6 +12,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine import Trace, replay, trace
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
@@ -47,11 +48,15 @@ class Term(NamedTuple):
 class TermsELBO(Trace_ELBO):
     r"""An estimator that is a sum of terms: all of Pyro's ways to ask for a loss lead to them."""
 
-    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+    def particles(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> list[list[Term]]:
         r"""Returns the terms of the loss of each particle."""
         raise NotImplementedError
 
-    def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> dict[str, Tensor]:
+    def terms(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         r"""Returns the terms whose sum is the loss, each summed over the data.
 
         Arguments:
@@ -60,24 +65,34 @@ class TermsELBO(Trace_ELBO):
             args: The arguments of the model and the guide.
             kwargs: The keyword arguments of the model and the guide.
         """
-        terms: dict[str, Tensor] = defaultdict(float)  # type: ignore[arg-type]
+        terms: dict[str, Tensor] = {}
         for particle in self.particles(model, guide, *args, **kwargs):
             for term in particle:
-                terms[term.name] = terms[term.name] + term.value.sum() / self.num_particles
-        return dict(terms)
+                total = terms.get(term.name, 0.0)
+                terms[term.name] = total + term.value.sum() / self.num_particles
+        return terms
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
+    def state_dict(self) -> dict[str, Tensor]:
+        r"""Returns what the estimator has learned, for checkpoints: by default, nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        r"""Loads what :meth:`state_dict` returned."""
+
+    def differentiable_loss(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Tensor:
         r"""Returns an estimate of the negative ELBO, as a tensor with a gradient."""
         loss = sum(self.terms(model, guide, *args, **kwargs).values(), torch.zeros(()))
         warn_if_nan(loss, "loss")
         return loss
 
-    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         r"""Returns an estimate of the negative ELBO."""
         with torch.no_grad():
             return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         r"""Returns an estimate of the negative ELBO, and adds its gradient to the parameters'."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
@@ -140,20 +155,24 @@ class TraceKL_ELBO(TermsELBO):
         self.antithetic = antithetic
         self.entropy = entropy
 
-    def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args, kwargs) -> None:
+    def _guess_max_plate_nesting(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> None:
         # Pyro runs the programs for it: that must not change what is drawn afterwards, or a run
         # that is resumed would differ from one that was not stopped.
         devices = {x.device for x in args if isinstance(x, Tensor) and x.is_cuda}
         with torch.random.fork_rng(devices=list(devices)):
             super()._guess_max_plate_nesting(model, guide, args, kwargs)
 
-    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+    def _get_trace(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[Trace, Trace]:
         # As in Pyro, but without log-densities: only the sites that need one compute it.
         if self.antithetic:
             guide = Antithetic(*self.mirrored_plates)(guide)
         guide_trace = trace(guide).get_trace(*args, **kwargs)
         model_trace = trace(replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        for name, site in model_trace.nodes.items():
+        for name, site in sites(model_trace).items():
             if site["type"] == "sample" and not site["is_observed"]:
                 check_guide_has(name, guide_trace)
         if is_validation_enabled():
@@ -161,13 +180,15 @@ class TraceKL_ELBO(TermsELBO):
         model_trace = prune_subsample_sites(model_trace)
         guide_trace = prune_subsample_sites(guide_trace)
         if is_validation_enabled():
-            for site in [*model_trace.nodes.values(), *guide_trace.nodes.values()]:
+            for site in [*sites(model_trace).values(), *sites(guide_trace).values()]:
                 if site["type"] == "sample":
                     site = site | {"log_prob": unscaled_log_prob(site)}
-                    check_site_shape(site, self.max_plate_nesting)
+                    check_site_shape(cast(Message, site), self.max_plate_nesting)
         return model_trace, guide_trace
 
-    def particles(self, model: Callable, guide: Callable, *args, **kwargs) -> list[list[Term]]:
+    def particles(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> list[list[Term]]:
         r"""Returns the terms of the loss of each particle, whose sum is that of its datum."""
         return [
             list(self.site_terms(*traces))
@@ -176,14 +197,14 @@ class TraceKL_ELBO(TermsELBO):
 
     def site_terms(self, model_trace: Trace, guide_trace: Trace) -> Iterator[Term]:
         r"""Yields the terms of the negative ELBO, site by site."""
-        for name, site in model_trace.nodes.items():
+        for name, site in sites(model_trace).items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
                 role = site["infer"].get("role", "observed")
                 yield Term(name, -log_prob(site), role, site)
                 continue
-            q = guide_trace.nodes[name]
+            q = sites(guide_trace)[name]
             role = q["infer"].get("role", "latent")
             if q["mask"] is False or role == "nuisance":
                 continue
@@ -196,10 +217,15 @@ class TraceKL_ELBO(TermsELBO):
                 yield Term(f"-H[{name}]", negative_entropy(q, self.entropy), "entropy", q)
                 if site["mask"] is not False:
                     yield Term(name, -log_prob(site), role, q)
-        for name, site in guide_trace.nodes.items():
+        for name, site in sites(guide_trace).items():
             if site["type"] == "sample" and name not in model_trace.nodes:  # an auxiliary site
                 check_reparameterized(site)
                 yield Term(f"-H[{name}]", negative_entropy(site, self.entropy), "entropy", site)
+
+
+def sites(trace: Trace) -> dict[str, dict[str, Any]]:
+    r"""Returns the sites of a trace, of whose ``infer`` Pyro's types know Pyro's entries only."""
+    return cast("dict[str, dict[str, Any]]", trace.nodes)
 
 
 def check_guide_has(name: str, guide_trace: Trace) -> None:
@@ -213,9 +239,9 @@ def check_guide_has(name: str, guide_trace: Trace) -> None:
 
 def closed_form_kl(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:
     r"""Returns :math:`\mathrm{KL}(q \,\|\, p)`, or ``None`` where no closed form is known."""
-    normals = base_normal(q), base_normal(p)
-    if normals[0] is not None and normals[1] is not None:
-        return sum_rightmost(kl_normal(*normals), len(q.event_shape))
+    normal_q, normal_p = base_normal(q), base_normal(p)
+    if normal_q is not None and normal_p is not None:
+        return sum_rightmost(kl_normal(normal_q, normal_p), len(q.event_shape))
     try:
         return kl_divergence(q, p)
     except NotImplementedError:  # such as of a flow; the sampled form is legal as well

@@ -4,6 +4,7 @@ r"""Distributions of images: isotropic Gaussians, and distributions over the gri
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class IsotropicNormal(Independent):
         super().__init__(Normal(loc, scale), event_dim)
         self.scale = scale
 
-    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None):
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> IsotropicNormal:
         loc = self.base_dist.loc.expand(torch.Size(batch_shape) + self.event_shape)
         return IsotropicNormal(loc, self.scale, len(self.event_shape))
 
@@ -92,7 +93,7 @@ class _GridDistribution(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return _Grid(self.levels)
 
-    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None):
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> _GridDistribution:
         new = self._get_checked_instance(type(self), _instance)
         new.levels = self.levels
         batch_shape = torch.Size(batch_shape)
@@ -157,8 +158,8 @@ class DiscretizedLogistic(_GridDistribution):
         )
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        shape = self._extended_shape(sample_shape)
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
         u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
         # torch.rand can return 0, whose logit is -inf; to_index then clamps it to the first bin.
         return to_grid(to_index(self.loc + self.scale * u.logit(), self.levels), self.levels)
@@ -197,9 +198,9 @@ class GridCategorical(_GridDistribution):
         return log_probs.gather(-1, index[..., :1]).squeeze(-1)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         # The Gumbel-max trick: -log of an exponential variable is a Gumbel variable.
-        shape = (*self._extended_shape(sample_shape), self.levels)
+        shape = (*self._extended_shape(torch.Size(sample_shape)), self.levels)
         gumbel = -self.logits.new_empty(shape).exponential_().log()
         index = (self.logits + gumbel).argmax(-1)
         return to_grid(index.to(self.logits.dtype), self.levels)

@@ -289,8 +289,8 @@ def from_eps(net: Callable[..., Tensor]) -> nn.Module:
 def zero_last(net: nn.Module) -> nn.Module:
     r"""Sets the last layer of a network to zero, and returns the network."""
     last = net[-1] if isinstance(net, nn.Sequential) else net
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
     return net
 
 

@@ -35,8 +35,9 @@ from .vectors import Head, check_scales, gaussian, with_context
 
 __all__ = ["ConvDecoder", "ConvEncoder", "check_image_size"]
 
-_HALVE = {"kernel_size": 4, "stride": 2, "padding": 1}
-_KEEP = {"kernel_size": 3, "stride": 1, "padding": 1}
+Kernel = tuple[int, int, int]  # its size, stride and padding, in the order of torch's arguments
+_HALVE: Kernel = (4, 2, 1)
+_KEEP: Kernel = (3, 1, 1)
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda channels: nn.GroupNorm(8 if channels % 8 == 0 else 1, channels),
@@ -95,7 +96,7 @@ class ConvEncoder(nn.Module):
         layers: list[nn.Module] = []
         before = self.image_shape[0]
         for i, (kernel, after) in enumerate(zip(plan.kernels, plan.channels, strict=True)):
-            layers.append(initialized(nn.Conv2d(before, after, **kernel), activation))
+            layers.append(initialized(nn.Conv2d(before, after, *kernel), activation))
             layers += [_NORMS[norm if i > 0 else "none"](after), activation()]
             before = after
         self.features = nn.Sequential(*layers, nn.Flatten())
@@ -173,10 +174,10 @@ class ConvDecoder(nn.Module):
             activation(),
         ]
         for kernel, after in zip(plan.kernels[:0:-1], rest, strict=True):
-            layers.append(initialized(nn.ConvTranspose2d(before, after, **kernel), activation))
+            layers.append(initialized(nn.ConvTranspose2d(before, after, *kernel), activation))
             layers += [_NORMS[norm](after), activation()]
             before = after
-        output = nn.ConvTranspose2d(before, likelihood.num_maps, **plan.kernels[0])
+        output = nn.ConvTranspose2d(before, likelihood.num_maps, *plan.kernels[0])
         layers += [initialized(output, activation), nn.Tanh() if tanh else nn.Identity()]
         self.maps = nn.Sequential(*layers)
 
@@ -213,7 +214,7 @@ class Plan(NamedTuple):
         pad: The zeros around the image, as ``torch.nn.functional.pad`` takes them.
     """
 
-    kernels: list[dict[str, int]]
+    kernels: list[Kernel]
     channels: tuple[int, ...]
     sides: tuple[int, int]
     pad: tuple[int, int, int, int]
@@ -274,5 +275,6 @@ def initialized(conv: nn.Conv2d | nn.ConvTranspose2d, activation: type[nn.Module
         # With a stride, each output pixel is reached by only a part of the kernel.
         fan_in //= conv.stride[0] ** 2
     nn.init.normal_(conv.weight, std=math.sqrt((1 if activation is nn.SELU else 2) / fan_in))
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return conv

@@ -33,6 +33,7 @@ class FlowDistribution(ZukoToPyro):
         torch.Size([8])
     """
 
+    dist: zuko.distributions.NormalizingFlow
     arg_constraints: dict = {}  # noqa: RUF012  (as in torch)
 
     def __init__(self, flow: torch.distributions.Distribution, event_shape: Sequence[int]):
@@ -48,21 +49,21 @@ class FlowDistribution(ZukoToPyro):
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self._event_shape))
 
-    def expand(self, batch_shape: Size, _instance: object = None) -> FlowDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
         return FlowDistribution(self.dist.expand(Size(batch_shape)), self._event_shape)
 
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008, immutable
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.autocast(self.device_type, enabled=False):
             flat, log_prob = self.dist.rsample_and_log_prob(Size(sample_shape))
         z = flat.unflatten(-1, self._event_shape)
         self._drawn = z, z._version, log_prob
         return z
 
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008, immutable
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
-    def __call__(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008, immutable
+    def __call__(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return self.rsample(sample_shape)
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ class ResidualBlock2d(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        zero_last(self.second)
         if told:
             self.told = nn.Linear(told, channels)
 

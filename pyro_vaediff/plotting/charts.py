@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -55,8 +57,9 @@ def plot_kl_by_timestep(
     for i, (name, values) in enumerate(runs.items()):
         t, total = torch.arange(1, len(values) + 1), values.sum()
         label = f"{name}: {nats(total)} nats" if name else f"sum: {nats(total)} nats"
-        style = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}
-        style |= {"linewidth": 2.5, "marker": "o" if len(values) <= 30 else ""}
+        color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+        style: dict[str, Any] = {"color": color, "linestyle": dash, "linewidth": 2.5}
+        style["marker"] = "o" if len(values) <= 30 else ""
         left.plot(t, values, label=label, **style)
         right.plot(t, values.cumsum(0) if signed else values.cumsum(0) / total, **style)
     for axes in (left, right):
@@ -102,8 +105,8 @@ def plot_elbo_terms(
     if not terms:
         raise ValueError("terms must not be empty")
     values = []
-    for name, term in terms.items():
-        term = torch.as_tensor(term)
+    for name, number in terms.items():
+        term = torch.as_tensor(number)
         if term.numel() != 1:
             raise ValueError(f"term {name!r} must be one number, got shape {tuple(term.shape)}")
         values.append(check_finite(f"term {name!r}", term).item())
@@ -114,8 +117,9 @@ def plot_elbo_terms(
     figure, (axes,) = slide(title)
     positions = range(len(values) + 1)
     # The edge keeps a term visible which is too small for the scale.
-    style = {"height": 0.6, "color": [*colors, GREY], "edgecolor": [*colors, GREY], "linewidth": 1}
-    bars = axes.barh(positions, [*values, total], left=[*starts, 0.0], **style)
+    colors = [*colors, GREY]
+    style: dict[str, Any] = {"color": colors, "edgecolor": colors, "linewidth": 1}
+    bars = axes.barh(positions, [*values, total], 0.6, [*starts, 0.0], **style)
     labels = [nats(value, sign=True) for value in values]
     for position, end in enumerate(ends):  # to the next bar
         axes.plot([end, end], [position + 0.3, position + 0.7], color=GREY, linewidth=1)
@@ -171,11 +175,10 @@ def plot_history(
 
     figure, (axes,) = slide(title)
     marker = "o" if len(epoch) == 1 else ""
-    train = {"color": VERMILLION, "linewidth": 2, "marker": marker, "label": "train"}
-    validation = {"color": BLUE, "linewidth": 2.5, "marker": marker, "label": "validation"}
+    line = partial(axes.plot, marker=marker)
     if joint:
-        axes.plot(epoch[:joint], columns["train"], "--", **train)
-    axes.plot(epoch, columns["validation"], "-", **validation)
+        line(epoch[:joint], columns["train"], "--", color=VERMILLION, linewidth=2, label="train")
+    line(epoch, columns["validation"], "-", color=BLUE, linewidth=2.5, label="validation")
     label = f"best: {nats(best_loss)} nats, epoch {best_epoch:g}"
     axes.plot(best_epoch, best_loss, "*", color=BLACK, markersize=18, label=label, clip_on=False)
     first = len(epoch) // 10
@@ -192,8 +195,9 @@ def plot_history(
 
 def nats(value: Tensor | float, sign: bool = False) -> str:
     r"""Formats nats with as many decimals as are worth reading."""
+    value = float(value)
     decimals = 2 if abs(value) < 1 else 1 if abs(value) < 1000 else 0
-    return f"{float(value):{'+' if sign else ''},.{decimals}f}".replace("-", "−")
+    return f"{value:{'+' if sign else ''},.{decimals}f}".replace("-", "−")
 
 
 def check_finite(name: str, values: Tensor) -> Tensor:

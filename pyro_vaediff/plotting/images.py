@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -173,9 +174,9 @@ def save_panels(
     height = top + len(rows) * (panel_height + gap)
     with pixels(width, height, path) as (figure, text):
         text(gap, gap, "\n".join(lines), 1.2 * em, va="top", fontweight="bold")
-        for j, label in enumerate(labels):
+        for j, wrapped in enumerate(labels):
             center = left + j * (panel_width + gap) + panel_width / 2
-            text(center, top - 0.5 * em, "\n".join(label), em, ha="center", va="bottom")
+            text(center, top - 0.5 * em, "\n".join(wrapped), em, ha="center", va="bottom")
         for i, label in enumerate(rows):
             y = top + i * (panel_height + gap)
             text(left - gap, y + panel_height / 2, label, em, ha="right", va="center")
@@ -263,7 +264,7 @@ def pixels(
     dpi = 100
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
 
-    def text(x: float, y: float, label: str, size: float, **kwargs: object) -> None:
+    def text(x: float, y: float, label: str, size: float, **kwargs: Any) -> None:
         figure.text(x / width, 1 - y / height, label, fontsize=size * 72 / dpi, **kwargs)
 
     yield figure, text

@@ -26,13 +26,13 @@ def slide(title: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
     size = (8 if panels == 1 else 10, 4.5)
     figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=FONT + 3, fontweight="bold")
-    panels = figure.subplots(1, panels, squeeze=False)[0].tolist()
-    for axes in panels:
+    row: list[Axes] = figure.subplots(1, panels, squeeze=False)[0].tolist()
+    for axes in row:
         axes.grid(color="#DDDDDD", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=FONT - 1)
-    return figure, panels
+    return figure, row
 
 
 def legend(axes: Axes) -> None:

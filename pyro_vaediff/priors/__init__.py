@@ -1,6 +1,6 @@
 r"""Priors :math:`p(z_0)`, each a pair of Pyro programs."""
 
-from .base import Prior
+from .base import Prior, SiteInfer
 from .diffusion import DiffusionPrior
 from .flow import FlowPrior
 from .gaussian import GaussianPrior
@@ -24,5 +24,6 @@ __all__ = [
     "HierarchicalPrior",
     "MixturePrior",
     "Prior",
+    "SiteInfer",
     "VampPrior",
 ]

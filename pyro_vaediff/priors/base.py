@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
 from ..arguments import as_shape
 from ..nn.scale import upcast
 
-__all__ = ["Prior"]
+__all__ = ["Prior", "SiteInfer"]
+
+
+class SiteInfer(InferDict, total=False):
+    r"""What a guide site tells the estimators in ``infer``, beside what it tells Pyro's own.
+
+    Arguments:
+        closed_form_kl: Whether a KL divergence in closed form is legal.
+        role: What the site is for, see :class:`~pyro_vaediff.infer.Term`.
+        t: The timestep(s) of a step.
+        chunk: What ends the name of the site, if it has a part of the timesteps.
+    """
+
+    closed_form_kl: bool
+    role: str
+    t: int | Tensor
+    chunk: str
 
 
 class Prior(nn.Module, ABC):
@@ -71,7 +89,7 @@ class Prior(nn.Module, ABC):
         """
         self.check_posterior(q_z0)
         # The model's z_0 has no parents, hence KL(q(z_0|x) || p(z_0)) is legal in closed form.
-        return pyro.sample("z_0", q_z0, infer={"closed_form_kl": True})
+        return pyro.sample("z_0", q_z0, infer=SiteInfer(closed_form_kl=True))
 
     def distribution(self, c: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`p(z_0 | c)`, if its density is known."""
@@ -120,3 +138,8 @@ class Prior(nn.Module, ABC):
         r"""Returns :math:`\mathcal{N}(0, I)` over latents."""
         origin = upcast(self.origin)
         return dist.Normal(origin, torch.ones_like(origin)).to_event(self.event_dim)
+
+
+def call(function: Callable, *args: Any) -> Any:
+    r"""Returns what a function returns, given the context, its last argument, if there is one."""
+    return function(*args) if args[-1] is not None else function(*args[:-1])

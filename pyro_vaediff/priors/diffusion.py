@@ -16,7 +16,7 @@ from ..diffusion import Start, q_marginal, q_reverse, q_step
 from ..nn.backbones import make_backbone
 from ..register import register
 from ..schedules import Schedule, Times, make_schedule
-from .base import Prior
+from .base import Prior, SiteInfer
 
 __all__ = ["DiffusionPrior"]
 
@@ -159,7 +159,7 @@ class DiffusionPrior(Prior):
     def _guide_backwards(self, start: Start, last: int) -> Tensor:
         # In this order the model's only parent of z_{t-1} is z_t, which comes before z_{t-1} in
         # the guide as well: the KL divergences of these sites are legal in closed form.
-        T, n, legal = self.num_timesteps, self.event_dim, {"closed_form_kl": True}
+        T, n, legal = self.num_timesteps, self.event_dim, SiteInfer(closed_form_kl=True)
         q_T = q_marginal(self.schedule, start, T, n)
         z = pyro.sample(f"z_{T}", q_T, infer=legal | self.role(T))
         for t in range(T, last - 1, -1):
@@ -167,11 +167,13 @@ class DiffusionPrior(Prior):
             z = pyro.sample(f"z_{t - 1}", q_s, infer=legal | self.role(t - 1))
         return z
 
-    def role(self, s: int) -> dict:
+    def role(self, s: int) -> SiteInfer:
         r"""Returns what the site of :math:`z_s` is for: the step from :math:`s + 1`, or the end."""
         if s == self.num_timesteps:
             return {"role": "last"}
-        return {"role": "steps" if s else "first", "t": s + 1, "prior": self}
+        role = SiteInfer(role="steps" if s else "first", t=s + 1)
+        role["prior"] = self  # type: ignore[typeddict-item]  # Pyro means a distribution by it
+        return role
 
     def reverse(self, z: Tensor, t: int | Tensor, c: Tensor | None = None) -> dist.Independent:
         r"""Returns :math:`p_\phi(z_{t-1} | z_t)`, equation (14).

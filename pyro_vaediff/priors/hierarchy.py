@@ -2,7 +2,8 @@ r"""Hierarchies: groups of latents, each given those above, as one prior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..diffusion import base_normal
 from ..nn.scale import bounded_scale, upcast
 from ..register import register
-from .base import Prior
+from .base import Prior, call
 
 __all__ = ["ConditionalGaussianPrior", "HierarchicalPrior", "Posterior"]
 
@@ -125,27 +126,21 @@ class HierarchicalPrior(Prior):
 
     def model(self, c: Tensor | None = None) -> Tensor:
         register("path", self.path)
-        h = c
-        for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
-            with scope(prefix=f"group{number}"):
-                z = prior.model() if h is None else prior.model(h)
+        h: Any = c
+        for group, prior, step in self.steps():
+            with scope(prefix=f"group{group}"):
+                z = call(prior.model, h)
             h = step(h, z)
         return h
 
     def guide(self, posterior: Posterior, c: Tensor | None = None) -> Tensor:
-        h = c
-        for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
-            q = posterior(number, h, self.gaussian(prior, h))
-            with scope(prefix=f"group{number}"):
-                z = prior.guide(q) if h is None else prior.guide(q, h)
+        h: Any = c
+        for group, prior, step in self.steps():
+            q = posterior(group, h, self.gaussian(prior, h))
+            with scope(prefix=f"group{group}"):
+                z = call(prior.guide, q, h)
             h = step(h, z)
         return h
-
-    def gaussian(self, prior: Prior, h: Tensor | None) -> torch.distributions.Normal | None:
-        r"""Returns the normals of a group's prior, if it is a Gaussian given the state."""
-        if isinstance(prior, ConditionalGaussianPrior):
-            return base_normal(prior.distribution(h))
-        return None
 
     def reconstruct(
         self, posterior: Posterior, num_groups: int | None = None, c: Tensor | None = None
@@ -157,12 +152,24 @@ class HierarchicalPrior(Prior):
             num_groups: The number of groups from the top whose means are kept; all by default.
             c: The context of the first group, with shape :math:`(B, F)`.
         """
-        h = c
-        for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
-            if num_groups is None or number <= num_groups:
-                z = posterior(number, h, self.gaussian(prior, h)).mean
+        h: Any = c
+        for group, prior, step in self.steps():
+            if num_groups is None or group <= num_groups:
+                z = posterior(group, h, self.gaussian(prior, h)).mean
             else:
                 with pyro.plate("data", len(h)):
                     z = prior.model(h)
             h = step(h, z)
         return h
+
+    def steps(self) -> Iterator[tuple[int, Prior, nn.Module]]:
+        r"""Yields the number of each group, its prior and its step of the path."""
+        for number, (prior, step) in enumerate(zip(self.groups, self.path, strict=True), start=1):
+            assert isinstance(prior, Prior)
+            yield number, prior, step
+
+    def gaussian(self, prior: Prior, h: Tensor | None) -> torch.distributions.Normal | None:
+        r"""Returns the normals of a group's prior, if it is a Gaussian given the state."""
+        if isinstance(prior, ConditionalGaussianPrior):
+            return base_normal(prior.distribution(h))
+        return None

@@ -150,7 +150,7 @@ class VampPrior(Prior):
         r"""Returns :math:`p(z_0)`, whose log-density is exact; the context has no part in it."""
         # The gradient of a clamped pseudo-input is zero, and it could never come back: hence the
         # clamped value with the gradient of the unclamped one.
-        u = self.pseudo_inputs
+        u: Tensor = self.pseudo_inputs
         u = u + (u.clamp(*self.support) - u).detach()
         if (encoder := self._encoder[0]) is None:
             raise ValueError("a VampPrior needs an encoder: make it a part of a VAE first")

@@ -128,9 +128,9 @@ def condition(y: Affine, given: list[Affine]) -> tuple[Affine, Tensor]:
     """
     if not given:
         return Affine(y.mean, torch.zeros_like(y.coef)), covariance(y, y)
-    given = stack(given)
-    gain = torch.linalg.solve(covariance(given, given), covariance(given, y)).mT
-    return Affine(y.mean, gain @ given.coef), covariance(y, y) - gain @ covariance(given, y)
+    g = stack(given)
+    gain = torch.linalg.solve(covariance(g, g), covariance(g, y)).mT
+    return Affine(y.mean, gain @ g.coef), covariance(y, y) - gain @ covariance(g, y)
 
 
 def cross_entropy(y: Affine, mean: Affine, sigma: Tensor) -> Tensor:

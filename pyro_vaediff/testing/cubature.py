@@ -18,6 +18,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -38,13 +39,13 @@ class Noise(Messenger):
         super().__init__()
         self.points, self.taken = points, 0
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
             return
-        normal = base_normal(msg["fn"])
+        fn: Any = msg["fn"]
+        normal, shape = base_normal(fn), fn.event_shape
         if normal is None:
-            raise ValueError(f"site {msg['name']!r} of the guide must be Gaussian, got {msg['fn']}")
-        shape = msg["fn"].event_shape
+            raise ValueError(f"site {msg['name']!r} of the guide must be Gaussian, got {fn}")
         size, self.taken = shape.numel(), self.taken + shape.numel()
         noise = torch.zeros((), dtype=normal.loc.dtype, device=normal.loc.device)
         if self.points is not None:
@@ -99,4 +100,5 @@ def per_point(trace: poutine.Trace) -> Tensor:
     r"""Returns the log-density of a trace, with shape :math:`(P, B)`."""
     trace.compute_log_prob()
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
-    return sum(site["log_prob"] for site in sites if not site_is_subsample(site))
+    log_probs = [site["log_prob"] for site in sites if not site_is_subsample(site)]
+    return torch.stack(torch.broadcast_tensors(*log_probs)).sum(0)

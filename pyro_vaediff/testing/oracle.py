@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..arguments import check_choice
 from ..denoise import BetaTilde, Learned
+from ..priors import DiffusionPrior
 from ..vae import VAE
 from .affine import (
     Affine,
@@ -71,15 +72,13 @@ class Oracle:
     z: list[Affine]  #: The variables :math:`z_0, \dots, z_T` of the guide, given :math:`x`.
 
     def __init__(self, vae: VAE, x: Tensor):
-        check_vae(vae)
-        self.x, self.prior, self.decoder = x, vae.prior, vae.decoder
-        self.D, self.T = vae.prior.latent_dim, vae.prior.num_timesteps
-        self.net, self.variance = vae.prior.denoiser.backbone.net, vae.prior.denoiser.variance
-        self.beta = beta = vae.prior.schedule.betas
+        prior, encoder, self.decoder, self.net = linear_parts(vae)
+        self.x, self.prior, self.variance = x, prior, prior.denoiser.variance
+        self.D, self.T = prior.latent_dim, prior.num_timesteps
+        self.beta = beta = prior.schedule.betas
         self.alpha_bar = torch.cumprod(1 - beta, 0)
 
         # The guide, by forward recursion: D noises for each of its T + 1 variables.
-        encoder = vae.encoder
         noise = white_noise([self.D] * (self.T + 1), like=x)
         scale = encoder.log_scale[0].exp().diag()
         self.z = [scale @ noise[0] + (x @ encoder.weight[0].mT + encoder.bias[0])]
@@ -323,17 +322,29 @@ class Oracle:
             raise ValueError(f"t must be a whole number from 1 to T = {self.T}, got {t}")
 
 
-def check_vae(vae: VAE) -> None:
-    r"""Raises a ``ValueError`` unless the parameters of a VAE say all about it."""
-    backbone = getattr(getattr(vae.prior, "denoiser", None), "backbone", None)
-    networks = (vae.encoder, vae.decoder, getattr(backbone, "net", None))
+def linear_parts(
+    vae: VAE,
+) -> tuple[DiffusionPrior, LinearGaussian, LinearGaussian, LinearDenoiser]:
+    r"""Returns the prior, the encoder, the decoder and the network of the denoiser.
+
+    Raises:
+        ValueError: Unless their parameters say all about the VAE.
+    """
+    prior, encoder, decoder = vae.prior, vae.encoder, vae.decoder
+    backbone = prior.denoiser.backbone if isinstance(prior, DiffusionPrior) else None
+    net = getattr(backbone, "net", None)
     # A subclass may compute something else from the same parameters.
-    if [type(net) for net in networks] != [LinearGaussian, LinearGaussian, LinearDenoiser]:
+    if not (
+        isinstance(prior, DiffusionPrior)
+        and type(encoder) is LinearGaussian
+        and type(decoder) is LinearGaussian
+        and type(net) is LinearDenoiser
+    ):
+        networks = (encoder, decoder, net)
         raise ValueError(
             "vae must be linear and Gaussian, such as linear_gaussian_vae makes it, got networks "
             f"of the classes {', '.join(type(net).__name__ for net in networks)}"
         )
-    if vae.encoder.weight.shape[0] != 1:
-        raise ValueError(
-            f"vae must have one copy of its parameters, got {vae.encoder.weight.shape[0]}"
-        )
+    if encoder.weight.shape[0] != 1:
+        raise ValueError(f"vae must have one copy of its parameters, got {encoder.weight.shape[0]}")
+    return prior, encoder, decoder, net

@@ -7,7 +7,7 @@ from ..likelihoods import make_likelihood
 from ..nn import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
 from ..nn.backbones import make_backbone
 from ..priors import PRIORS, DiffusionPrior, FlowPrior, MixturePrior, Prior, VampPrior
-from ..schedules import LinearSchedule, make_schedule
+from ..schedules import LinearSchedule, Schedule, make_schedule
 from ..vae import VAE
 from .config import DENOISERS, ModelConfig
 
@@ -38,6 +38,7 @@ def make_prior(config: ModelConfig) -> Prior:
 def make_diffusion_prior(config: ModelConfig) -> DiffusionPrior:
     r"""Returns the diffusion prior of a configuration."""
     D, T = config.latent_dim, config.num_timesteps
+    schedule: Schedule
     if config.schedule == "linear":
         schedule = LinearSchedule(T, config.beta_min, config.beta_max)
     else:
@@ -74,7 +75,7 @@ def make_vae(config: ModelConfig) -> VAE:
         encoder = paper_encoder(image_shape, config.latent_dim)
         decoder = paper_decoder(config.latent_dim, likelihood)
     else:
-        context = {"context_features": config.num_classes}
-        encoder = ConvEncoder(image_shape, config.latent_dim, config.width, **context)
-        decoder = ConvDecoder(config.latent_dim, likelihood, config.width, **context)
+        width, features = config.width, config.num_classes
+        encoder = ConvEncoder(image_shape, config.latent_dim, width, context_features=features)
+        decoder = ConvDecoder(config.latent_dim, likelihood, width, context_features=features)
     return VAE(encoder, decoder, make_prior(config), likelihood.space(config.levels))

@@ -36,8 +36,10 @@ __all__ = [
 
 #: The denoisers that a configuration knows, which are the backbones and a preconditioned one.
 DENOISERS = (*BACKBONES, "preconditioned")
-DIFFUSION = {"prior": ("diffusion",)}  # who has a use for an option
-TIMESTEP, TERMS = {"estimator": ("timestep",)}, {"estimator": ("timestep", "trace-kl")}
+Users = dict[str, tuple[str, ...]]
+DIFFUSION: Users = {"prior": ("diffusion",)}  # who has a use for an option
+TIMESTEP: Users = {"estimator": ("timestep",)}
+TERMS: Users = {"estimator": ("timestep", "trace-kl")}
 
 
 class Checked:

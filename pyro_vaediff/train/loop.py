@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..data import ImageData
 from ..evaluate import evaluate, preprocess, value_elbo
 from ..files import remove_unfinished
+from ..infer import Estimator
 from ..priors import GaussianPrior
 from ..vae import VAE
 from . import distributed
@@ -79,7 +80,7 @@ class Trainer(SavedRun):
         self,
         vae: VAE,
         data: ImageData | Sequence[Any],
-        elbo: pyro.infer.ELBO,
+        elbo: Estimator,
         config: TrainConfig | None = None,
         device: torch.device | str = "cpu",
         out: str | Path | None = None,
@@ -126,10 +127,10 @@ class Trainer(SavedRun):
         self.optim = TorchOptim(optimizer, config.clip_norm, scheduler)
 
         gaussian = GaussianPrior(vae.prior.event_shape).to(vae.prior.origin)
-        first = VAE(vae.encoder, vae.decoder, gaussian)
+        first, size = VAE(vae.encoder, vae.decoder, gaussian), self.batch_size
         self.svi, self.gaussian_svi, self.prior_svi = (
-            make_svi(*(per_datum(p, self.batch_size) for p in programs), self.optim, elbo)
-            for programs in (
+            make_svi(per_datum(model, size), per_datum(guide, size), self.optim, elbo)
+            for model, guide in (
                 (vae.model, vae.guide),
                 (first.model, first.guide),
                 (vae.prior_model, vae.prior_guide),
@@ -145,7 +146,7 @@ class Trainer(SavedRun):
         cls,
         model_config: ModelConfig,
         config: TrainConfig,
-        elbo: pyro.infer.ELBO,
+        elbo: Estimator,
         data: ImageData,
         *args: Any,
         **kwargs: Any,
@@ -239,6 +240,7 @@ class Trainer(SavedRun):
                 if over:
                     break
         self.synchronize()
+        assert total is not None  # there is a step
         means = (total / step).tolist()
         # The prior alone has no reconstruction, hence no negative ELBO.
         record = {} if svi is self.prior_svi else {"train": sum(means[:-1])}
@@ -280,7 +282,7 @@ class Trainer(SavedRun):
             return self.history[-1]["validation"]
         start = time.perf_counter()
         split, seed = self.data.validation, 0
-        x, c = (None if t is None else distributed.share(t) for t in (split.x, split.c))
+        x, c = distributed.share(split.x), None if split.c is None else distributed.share(split.c)
         if distributed.size() > 1:
             seed = distributed.fold_seed(0, distributed.rank())
         loss = torch.zeros((), dtype=torch.float64)

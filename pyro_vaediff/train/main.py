@@ -217,13 +217,14 @@ def run(config: Config, device: torch.device) -> None:
             f"{len(data.test)} test images: use --features none"
         )
     labels = config.data.condition == "labels"
-    if labels and data.num_classes is None:
+    classes = data.num_classes if labels else 0
+    if classes is None:
         raise ValueError(f"condition='labels': {data.name} has no labels, leave it out")
     model = dataclasses.replace(
         config.model,
         image_shape=data.image_shape,
         levels=data.levels,
-        num_classes=data.num_classes if labels else 0,
+        num_classes=classes,
     )
     options = asdict(config.elbo)
     name, antithetic = options.pop("estimator"), not options.pop("no_antithetic")

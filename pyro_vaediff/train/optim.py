@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import add
 from typing import Any
 
 import pyro.infer
@@ -12,7 +14,7 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from ..infer import differentiable_terms
+from ..infer import Estimator, differentiable_terms
 from ..vae import VAE
 from . import distributed
 from .config import TrainConfig
@@ -69,7 +71,7 @@ class TorchOptim(PyroOptim):
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._known = set(self.parameters)
         #: The global norm of the last gradient, before clipping.
-        self.grad_norm: Tensor | None = None
+        self.grad_norm = torch.tensor(math.nan)
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         r"""Takes a step. ``params`` are the parameters that the programs registered with Pyro.
@@ -113,7 +115,7 @@ class TermsLoss:
         optim: The optimizer.
     """
 
-    def __init__(self, elbo: pyro.infer.ELBO, optim: TorchOptim):
+    def __init__(self, elbo: Estimator, optim: TorchOptim):
         self.elbo, self.optim = elbo, optim
         #: The terms of the last loss, by name.
         self.terms: dict[str, Tensor] = {}
@@ -121,7 +123,7 @@ class TermsLoss:
     def __call__(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         r"""Adds the gradient of the loss to those of the parameters, and keeps its terms."""
         terms = differentiable_terms(self.elbo, model, guide, *args, **kwargs)
-        sum(terms.values()).backward()  # type: ignore[union-attr]
+        reduce(add, terms.values()).backward()
         self.terms = {name: term.detach() for name, term in terms.items()}
         gradients = [p.grad for p in self.optim.parameters if p.grad is not None]
         distributed.sum_([*gradients, *self.terms.values()])
@@ -129,7 +131,7 @@ class TermsLoss:
 
 
 def make_svi(
-    model: Callable, guide: Callable, optim: TorchOptim, elbo: pyro.infer.ELBO
+    model: Callable, guide: Callable, optim: TorchOptim, elbo: Estimator
 ) -> pyro.infer.SVI:
     r"""Returns Pyro's SVI, the terms of whose last loss are in ``svi.loss.terms``.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
 from .. import plotting
@@ -22,7 +21,10 @@ from ..evaluate import (
     preprocess,
 )
 from ..files import write_csv, write_json
+from ..infer import Estimator
+from ..likelihoods import PixelSpace
 from ..sampling import point, reconstruct, sample, trajectory
+from ..sampling.samplers import check_diffusion
 from ..vae import VAE, call
 from .splits import one_hot
 
@@ -53,7 +55,7 @@ def report(
     history: list[dict[str, float]],
     out: str | Path,
     extractor: Extractor | None = None,
-    elbo: ELBO | None = None,
+    elbo: Estimator | None = None,
     num_images: int = 10_000,
     seed: int = 0,
     progress: bool = False,
@@ -85,7 +87,7 @@ def report(
     out, missing = Path(out), Missing()
     torch.manual_seed(seed)
     test = data.test if isinstance(data, ImageData) else data
-    c = one_hot(data.test_labels, data.num_classes) if labels else None
+    c, classes = context(data) if labels else (None, None)
     terms = readable_terms(vae, evaluate(vae, test, elbo, c=c, progress=progress))
     validated = [record for record in history if "validation" in record]
     loss = sum(terms.values())
@@ -108,8 +110,12 @@ def report(
     ]
     if extractor is not None:
         with missing.unless("Fréchet distances"):
-            options = {"cache_dir": out.parent / "statistics", "progress": progress, "c": c}
-            found = frechet_distances(vae, data, extractor, num_images, **options)
+            if not isinstance(data, ImageData):
+                raise ValueError("data are no ImageData")
+            cache = out.parent / "statistics"
+            found = frechet_distances(
+                vae, data, extractor, num_images, cache_dir=cache, progress=progress, c=c
+            )
             results["frechet"] = found
             lines.append(
                 "{label}: samples {samples:.2f}, reconstructions {reconstructions:.2f} "
@@ -137,11 +143,17 @@ def report(
     with missing.unless("kl_by_timestep.png"):
         if kl is not None:
             plotting.plot_kl_by_timestep(kl, out / "kl_by_timestep.png")
-    classes = data.num_classes if labels else None
     save_pictures(vae, test, x, None if c is None else c[: len(x)].to(x), classes, out, missing)
     if len(missing.reasons) > known:
         save()
     return [*lines, *missing.lines(), f"results, tables and pictures are in {out}"]
+
+
+def context(data: ImageData | Tensor) -> tuple[Tensor, int]:
+    r"""Returns the labels of the test images, one-hot, and the number of classes."""
+    if not isinstance(data, ImageData) or data.test_labels is None or data.num_classes is None:
+        raise ValueError("labels=True needs ImageData with labels, such as the digits")
+    return one_hot(data.test_labels, data.num_classes), data.num_classes
 
 
 def readable_terms(vae: VAE, terms: dict[str, float]) -> dict[str, float]:
@@ -172,7 +184,7 @@ def num_timesteps(vae: VAE) -> int | None:
     return getattr(vae.prior, "num_timesteps", None)
 
 
-def pixel_space(vae: VAE) -> Any:
+def pixel_space(vae: VAE) -> PixelSpace:
     if vae.space is None:
         raise ValueError("vae.space is None, data are no 8-bit images")
     return vae.space
@@ -223,7 +235,8 @@ def save_pictures(
         with missing.unless("denoising.png"):
             given = None if c is None else c[:6]
             count = 6 if given is None else len(given)
-            times, z = trajectory(vae.prior, num_samples=count, num_frames=9, c=given)
+            prior = check_diffusion(vae.prior)
+            times, z = trajectory(prior, num_samples=count, num_frames=9, c=given)
             frames = torch.stack([to_unit(frame, given) for frame in z], dim=1)
             labels = [f"t = {t}" for t in times.tolist()]
             plotting.save_strip(frames, out / "denoising.png", labels)

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyro.infer
 import torch
 
 from ..data import ImageData, load
 from ..data.groups import list_name
 from ..files import describe_error, write_atomically
-from ..infer import Reweighted, Timestep_ELBO, TraceKL_ELBO
+from ..infer import Estimator, Reweighted, Timestep_ELBO, TraceKL_ELBO
 from ..vae import VAE
 from .build import make_vae
 from .config import ModelConfig
@@ -194,7 +193,7 @@ def compare_settings(path: Path, saved: Mapping[str, Any], mine: Mapping[str, An
                 )
 
 
-def describe_elbo(elbo: pyro.infer.ELBO) -> dict[str, Any]:
+def describe_elbo(elbo: Estimator) -> dict[str, Any]:
     r"""Returns the settings of an estimator."""
     if isinstance(elbo, Reweighted):
         return describe_elbo(elbo.elbo) | {"weighting": elbo.name}

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyro.infer
 import torch
 from torch import Tensor
 
 from ..arguments import check_whole
 from ..files import write_csv
+from ..infer import Estimator
 from ..vae import VAE
 from . import distributed
 from .config import ModelConfig, TrainConfig
@@ -44,7 +44,7 @@ class SavedRun:
 
     vae: VAE
     data: Splits
-    elbo: pyro.infer.ELBO
+    elbo: Estimator
     config: TrainConfig
     model_config: ModelConfig | None
     device: torch.device
@@ -145,16 +145,16 @@ class SavedRun:
             return
         write_csv(self.out / METRICS, self.history)
         if is_best:
-            self.save_best()
+            self.save_best(self.out)
         self.save_snapshot()
         history = {"history": self.history, "best_epoch": self.best_epoch()}
         save_checkpoint(self.out / CHECKPOINT, self.settings() | history | self.state_dict())
 
-    def save_best(self) -> None:
+    def save_best(self, out: Path) -> None:
         r"""Writes the best model so far, as it was written after its epoch."""
         best = self.best_epoch()
         history = {"history": self.history[:best], "best_epoch": best}
-        save_checkpoint(self.out / BEST, self.settings() | history | {"vae": self._best})
+        save_checkpoint(out / BEST, self.settings() | history | {"vae": self._best})
 
     def save_snapshot(self) -> None:
         r"""Writes the model if its epoch is one of the snapshots."""
@@ -241,12 +241,12 @@ class SavedRun:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if state["elbo"]:
-            self.elbo.load_state_dict(state["elbo"])
+            self.elbo.load_state_dict(state["elbo"])  # type: ignore[attr-defined]  # saved its own
         self.history, self._best, self._rng = state["history"], state["best"], state["rng"]
         self.steps, self.seconds = state["spent"]["steps"], state["spent"]["seconds"]
         if distributed.is_main():
             # It may be of an epoch that was not finished, and that now has another result.
-            self.save_best()
+            self.save_best(self.out)
 
     def seed_epoch(self) -> torch.Generator | None:
         r"""Gives each of several processes its own noise, and all of them the same order of images.

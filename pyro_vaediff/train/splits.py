@@ -85,25 +85,25 @@ class Splits:
     @classmethod
     def of(cls, data: Any, labels: bool = False) -> Splits:
         r"""Returns the splits of images, or of two tensors or pairs of a tensor and its context."""
-        if labels and getattr(data, "num_classes", None) is None:
+        classes = getattr(data, "num_classes", None) if labels else None
+        if labels and classes is None:
             raise ValueError("labels=True needs ImageData with labels, such as the digits")
         if isinstance(data, ImageData):
-            pair = [
+            train, validation = (
                 Split(
                     getattr(data, name),
-                    one_hot(getattr(data, f"{name}_labels"), data.num_classes) if labels else None,
+                    None if classes is None else one_hot(getattr(data, f"{name}_labels"), classes),
                 )
                 for name in ("train", "validation")
-            ]
-            return cls(*pair, data.name, data.horizontal_flip, data.groups)
+            )
+            return cls(train, validation, data.name, data.horizontal_flip, data.groups)
         try:
-            train, validation = data
-            pair = [
-                Split(part) if isinstance(part, Tensor) else Split(*part)
-                for part in (train, validation)
-            ]
+            train, validation = (
+                Split(part) if isinstance(part, Tensor) else Split(*part) for part in data
+            )
             if any(
-                len(part) == 0 or (part.c is not None and len(part.c) != len(part)) for part in pair
+                len(part) == 0 or (part.c is not None and len(part.c) != len(part))
+                for part in (train, validation)
             ):
                 raise ValueError
         except (TypeError, ValueError):
@@ -111,4 +111,4 @@ class Splits:
                 "data must be ImageData, or a training and a validation split, each a tensor with "
                 f"shape (N, ...) or a pair (x, c) of such, got {type(data).__name__}"
             ) from None
-        return cls(*pair)
+        return cls(train, validation)
