@@ -1,5 +1,6 @@
 r"""Networks. Encoders and decoders return distributions."""
 
+from .azula import DiTBackbone, UNetBackbone, ViTBackbone
 from .backbones import (
     BACKBONES,
     MLPBackbone,
@@ -7,9 +8,9 @@ from .backbones import (
     TimeAdapter,
     from_eps,
     make_backbone,
-    sinusoidal_embedding,
 )
 from .conv import ConvDecoder, ConvEncoder, check_image_size
+from .embeddings import LogSNRFeatures, sinusoidal_embedding
 from .mlp import MLPDecoder, MLPEncoder, mlp
 from .paper import paper_decoder, paper_encoder
 from .scale import bounded_scale, upcast
@@ -19,12 +20,16 @@ __all__ = [
     "BACKBONES",
     "ConvDecoder",
     "ConvEncoder",
+    "DiTBackbone",
     "Head",
+    "LogSNRFeatures",
     "MLPBackbone",
     "MLPDecoder",
     "MLPEncoder",
     "ResidualMLP",
     "TimeAdapter",
+    "UNetBackbone",
+    "ViTBackbone",
     "bounded_scale",
     "check_image_size",
     "from_eps",
