@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "as_image",
     "as_shape",
     "check_choice",
     "check_ends",
@@ -53,6 +54,20 @@ def as_shape(argument: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     for size in sizes:
         check_whole(argument if len(sizes) == 1 else f"each number in {argument}", size)
     return tuple(int(size) for size in sizes)
+
+
+def as_image(argument: str, shape: int | Sequence[int], what: str) -> tuple[int, int, int]:
+    r"""Returns the shape :math:`(C, h, w)` of an image as a tuple.
+
+    Arguments:
+        argument: The name of the argument, for the message.
+        shape: The shape, of positive numbers.
+        what: What needs an image, for the message.
+    """
+    sizes = as_shape(argument, shape)
+    if len(sizes) != 3:
+        raise ValueError(f"{argument} must be (C, h, w) for a {what}, got {sizes}")
+    return sizes
 
 
 def check_ends(argument: str, x: Tensor, shape: Sequence[int]) -> None:

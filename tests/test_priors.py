@@ -236,7 +236,7 @@ def test_outside_of_plates_there_is_one_sample(device, name):
         (lambda: VampPrior(None, 2, (2,), num_components=1.5), "num_components .* got 1.5"),
         (lambda: VampPrior(None, 2, (2,), support=(1, 0)), r"support .* got \(1, 0\)"),
         (lambda: ResidualMLP(2, LinearSchedule(5), embedding_dim=3), "positive, got 3"),
-        (lambda: make_backbone("unet", 2, LinearSchedule(5)), "unknown denoiser 'unet': .*mlp"),
+        (lambda: make_backbone("cnn", 2, LinearSchedule(5)), "unknown denoiser 'cnn': .*mlp"),
         (lambda: MLPBackbone(2, embedding_dim=3), "even and positive, got 3"),
     ],
 )

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..arguments import check_choice
 from ..priors import DiffusionPrior
 from ..schedules import at_time
-from .trace_kl_elbo import Term, TermsELBO, TraceKL_ELBO
+from .trace_kl_elbo import Term, TermsELBO
 
 __all__ = ["REWEIGHTINGS", "Reweighted", "paper", "simple"]
 

@@ -1,5 +1,6 @@
 r"""Networks. Encoders and decoders return distributions."""
 
+from .azula import DiTBackbone, UNetBackbone, ViTBackbone
 from .backbones import (
     BACKBONES,
     MLPBackbone,
@@ -7,9 +8,10 @@ from .backbones import (
     TimeAdapter,
     from_eps,
     make_backbone,
-    sinusoidal_embedding,
 )
 from .conv import ConvDecoder, ConvEncoder, check_image_size
+from .conv_backbone import ConvBackbone
+from .embeddings import LogSNRFeatures, sinusoidal_embedding
 from .ladder import LadderEncoder, LadderPosterior, LadderStep, check_latent_groups, ladder_path
 from .mlp import MLPDecoder, MLPEncoder, mlp
 from .paper import paper_decoder, paper_encoder
@@ -19,12 +21,15 @@ from .vectors import Head
 
 __all__ = [
     "BACKBONES",
+    "ConvBackbone",
     "ConvDecoder",
     "ConvEncoder",
+    "DiTBackbone",
     "Head",
     "LadderEncoder",
     "LadderPosterior",
     "LadderStep",
+    "LogSNRFeatures",
     "MLPBackbone",
     "MLPDecoder",
     "MLPEncoder",
@@ -32,6 +37,8 @@ __all__ = [
     "ResNetEncoder",
     "ResidualMLP",
     "TimeAdapter",
+    "UNetBackbone",
+    "ViTBackbone",
     "bounded_scale",
     "check_image_size",
     "check_latent_groups",

@@ -13,8 +13,8 @@ log-SNR and a context that broadcast to it, which spares copies.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 from ..arguments import as_shape, check_choice, check_whole
 from ..schedules import Schedule
-from .mlp import mlp
+from .azula import DiTBackbone, UNetBackbone, ViTBackbone
+from .conv_backbone import ConvBackbone
+from .embeddings import LogSNRFeatures, check_even, sinusoidal_embedding
+from .mlp import mlp, zero_last
 
 __all__ = [
     "BACKBONES",
@@ -31,36 +34,9 @@ __all__ = [
     "TimeAdapter",
     "from_eps",
     "make_backbone",
-    "sinusoidal_embedding",
 ]
 
 Outputs = Tensor | tuple[Tensor, ...]
-
-
-def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
-    r"""Returns sines and cosines of times, at geometrically spaced frequencies.
-
-    Arguments:
-        t: The times, with shape :math:`(*)`.
-        dim: The number of features :math:`E`, even.
-        max_period: The period of the slowest wave, in units of ``t``.
-
-    Returns:
-        The embeddings, with shape :math:`(*, E)`.
-
-    References:
-        | Attention Is All You Need (Vaswani et al., 2017)
-        | https://arxiv.org/abs/1706.03762
-    """
-    check_even(dim)
-    steps = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)
-    angles = t.unsqueeze(-1) * torch.exp(-math.log(max_period) * steps)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def check_even(dim: int) -> None:
-    if dim < 2 or dim % 2:
-        raise ValueError(f"the embedding dimension must be even and positive, got {dim}")
 
 
 class Vectors(nn.Module):
@@ -136,9 +112,8 @@ class MLPBackbone(Vectors):
 class ResidualMLP(Vectors):
     r"""A residual MLP that is told the noise level by Fourier features of the log-SNR.
 
-    The log-SNR says how much of :math:`z_0` is left in :math:`z_t`, whatever the schedule and
-    :math:`T`. Mapped to :math:`u \in [0, 1]`, it enters each block as :math:`\sin(k \pi u / 2),
-    \cos(k \pi u / 2)`. Like that of :class:`MLPBackbone`, the output starts at zero.
+    They are :class:`~pyro_vaediff.nn.LogSNRFeatures`, and enter each block. Like that of
+    :class:`MLPBackbone`, the output starts at zero.
 
     Arguments:
         event_shape: The shape of a latent, or its number of dimensions.
@@ -148,10 +123,6 @@ class ResidualMLP(Vectors):
         num_blocks: The number of residual blocks, with two linear layers each.
         embedding_dim: The number of features of the log-SNR, even.
         context_features: The number of features :math:`F` of the context, which enters each block.
-
-    References:
-        | Variational Diffusion Models (Kingma et al., 2021)
-        | https://arxiv.org/abs/2107.00630
     """
 
     def __init__(
@@ -167,9 +138,7 @@ class ResidualMLP(Vectors):
         super().__init__(event_shape, num_outputs)
         check_whole("width", width)
         check_whole("num_blocks", num_blocks, least=0)
-        check_even(embedding_dim)
-        self.low, self.span = log_snr_range[0], max(log_snr_range[1] - log_snr_range[0], 1e-12)
-        self.embedding_dim = embedding_dim
+        self.embedding = LogSNRFeatures(log_snr_range, embedding_dim)
         self.inputs = nn.Linear(self.features, width)
         self.blocks = nn.ModuleList(
             ResidualBlock(width, embedding_dim, context_features) for _ in range(num_blocks)
@@ -185,10 +154,7 @@ class ResidualMLP(Vectors):
             log_snr: The log-SNR, broadcastable to shape :math:`(*)`.
             c: The context, broadcastable to shape :math:`(*, F)`.
         """
-        u = (log_snr - self.low) / self.span
-        k = torch.arange(1, self.embedding_dim // 2 + 1, dtype=u.dtype, device=u.device)
-        angles = u.unsqueeze(-1) * k * (math.pi / 2)
-        told, h = torch.cat([angles.sin(), angles.cos()], dim=-1), self.inputs(self.flatten(z))
+        told, h = self.embedding(log_snr), self.inputs(self.flatten(z))
         for block in self.blocks:
             h = block(h, told, c)
         return self.split(self.outputs(F.silu(h)))
@@ -286,15 +252,14 @@ def from_eps(net: Callable[..., Tensor]) -> nn.Module:
     return EpsAdapter(net)
 
 
-def zero_last(net: nn.Module) -> nn.Module:
-    r"""Sets the last layer of a network to zero, and returns the network."""
-    last = net[-1] if isinstance(net, nn.Sequential) else net
-    for parameter in last.parameters():
-        nn.init.zeros_(parameter)
-    return net
-
-
-BACKBONES: dict[str, type[nn.Module]] = {"mlp": MLPBackbone, "residual": ResidualMLP}
+BACKBONES: dict[str, type[nn.Module]] = {
+    "mlp": MLPBackbone,
+    "residual": ResidualMLP,
+    "conv": ConvBackbone,
+    "unet": UNetBackbone,
+    "vit": ViTBackbone,
+    "dit": DiTBackbone,
+}
 
 
 def make_backbone(
@@ -303,24 +268,30 @@ def make_backbone(
     schedule: Schedule,
     num_outputs: int = 1,
     width: int | None = None,
-    context_features: int = 0,
+    context_features: int | Sequence[int] = 0,
 ) -> nn.Module:
     r"""Returns the backbone of that name.
 
     Arguments:
-        name: ``"mlp"`` or ``"residual"``.
+        name: ``"mlp"`` or ``"residual"``; for latents of shape :math:`(C, h, w)` also ``"conv"``,
+            and ``"unet"``, ``"vit"`` or ``"dit"`` of azula, see :mod:`~pyro_vaediff.nn.azula`.
         event_shape: The shape of a latent, or its number of dimensions.
         schedule: The schedule whose times or log-SNRs it will see.
         num_outputs: The number of outputs per latent dimension.
         width: The width of the hidden layers, or ``None`` for that of their own.
-        context_features: The number of features of the context.
+        context_features: The number of features of the context, or for ``"conv"`` its shape.
+
+    Raises:
+        ValueError: If there is no such backbone for latents of that shape, or azula is missing.
     """
     check_choice("denoiser", name, BACKBONES)
-    options = {"num_outputs": num_outputs, "context_features": context_features}
+    options: dict[str, Any] = {"num_outputs": num_outputs, "context_features": context_features}
     if name == "mlp":
         widths = (300, 300, 300) if width is None else (width,) * 3
         return TimeAdapter(
             MLPBackbone(event_shape, hidden_features=widths, **options), schedule, "interval"
         )
+    if width is not None:
+        options["width"] = width
     ends = schedule.original("log_snr")[[-1, 1]].tolist()
-    return ResidualMLP(event_shape, (ends[0], ends[1]), width=width or 256, **options)
+    return BACKBONES[name](event_shape, (ends[0], ends[1]), **options)

@@ -43,6 +43,14 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(in_features, out_features))
 
 
+def zero_last(net: nn.Module) -> nn.Module:
+    r"""Sets the last layer of a network to zero, and returns the network."""
+    last = net[-1] if isinstance(net, nn.Sequential) else net
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    return net
+
+
 class MLPEncoder(nn.Module):
     r"""The amortized posterior :math:`q_\psi(z_0 \mid x) = \mathcal{N}(m(x), s(x)^2)` of an MLP.
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..arguments import as_shape, check_ends, check_whole
 from .conv import check_image_size
+from .mlp import zero_last
 from .vectors import Head, check_scales, gaussian, with_context
 
 __all__ = ["ResNetDecoder", "ResNetEncoder", "check_latent_shape"]

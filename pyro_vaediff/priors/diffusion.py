@@ -44,7 +44,8 @@ class DiffusionPrior(Prior):
         schedule: ``"linear"``, ``"cosine"``, a :class:`~pyro_vaediff.schedules.Schedule` or its
             variances :math:`\beta_t`.
         backbone: The network, see :mod:`~pyro_vaediff.nn.backbones` for how it is called. By
-            default, a :class:`~pyro_vaediff.nn.ResidualMLP`.
+            default, a :class:`~pyro_vaediff.nn.ResidualMLP`, or for latents of shape :math:`(C, h,
+            w)` a :class:`~pyro_vaediff.nn.ConvBackbone`.
         parameterization: What the network predicts: ``"eps"``, ``"z0"``, ``"mu"`` or ``"v"``.
         reverse_variance: The variance :math:`\sigma_t^2`: ``"beta"`` for :math:`\beta_t`,
             ``"beta_tilde"`` for :math:`\tilde\beta_t` (the paper's), or ``"learned"``.
@@ -87,7 +88,7 @@ class DiffusionPrior(Prior):
             reverse_variance = make_reverse_variance(reverse_variance)
             if backbone is None:
                 backbone = make_backbone(
-                    "residual",
+                    "residual" if self.event_dim != 3 else "conv",
                     self.event_shape,
                     schedule,
                     num_outputs=reverse_variance.num_outputs,
