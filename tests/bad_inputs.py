@@ -184,6 +184,10 @@ LIBRARY = [
         lambda it: FlowPrior(2, hidden_features=(0,)),
         r"hidden_features must be one or more widths, got \(0,\)",
     ),
+    (
+        lambda it: FlowPrior(2, flow="coupling"),
+        r"event_shape must be \(C, h, w\) for a coupling flow, got \(2,\)",
+    ),
     (lambda it: MixturePrior(2, 0), "num_components must be a whole number >= 1, got 0"),
     (
         lambda it: VampPrior(it.vae.encoder, 3, (1, 8, 8), 2).model(),
@@ -594,6 +598,9 @@ SCRIPTS = {
         ("--prior diffuson", "unknown prior 'diffuson': choose one of gaussian, mixture, .*"),
         ("--prior gaussian --schedule sqrt", "unknown schedule 'sqrt': choose one of .*"),
         ("--prior flow --num-timesteps 9", "prior='flow' has no use for num_timesteps, .*"),
+        ("--flow coupling", "prior='diffusion' has no use for flow, .*"),
+        ("--prior flow --flow glow", "unknown flow 'glow': choose one of autoregressive, coupling"),
+        ("--denoiser unet", r"event_shape must be \(C, h, w\) for a UNetBackbone, got \(.*,\)"),
         ("--dataset imagenet", "unknown data set 'imagenet': choose one of .*"),
         ("--dataset folder --root {missing}", "root='.*missing' is not a folder: give .*"),
         ("--dataset folder --root {images} --image-size 7", "images of 7 x 7 pixels: .*"),

@@ -11,7 +11,9 @@ from .backbones import (
 )
 from .conv import ConvDecoder, ConvEncoder, check_image_size
 from .conv_backbone import ConvBackbone
+from .coupling import coupling_flow
 from .embeddings import LogSNRFeatures, sinusoidal_embedding
+from .flows import FLOWS, FlowDistribution, masked_autoregressive_flow
 from .ladder import LadderEncoder, LadderPosterior, LadderStep, check_latent_groups, ladder_path
 from .mlp import MLPDecoder, MLPEncoder, mlp
 from .paper import paper_decoder, paper_encoder
@@ -21,10 +23,12 @@ from .vectors import Head
 
 __all__ = [
     "BACKBONES",
+    "FLOWS",
     "ConvBackbone",
     "ConvDecoder",
     "ConvEncoder",
     "DiTBackbone",
+    "FlowDistribution",
     "Head",
     "LadderEncoder",
     "LadderPosterior",
@@ -43,9 +47,11 @@ __all__ = [
     "check_image_size",
     "check_latent_groups",
     "check_latent_shape",
+    "coupling_flow",
     "from_eps",
     "ladder_path",
     "make_backbone",
+    "masked_autoregressive_flow",
     "mlp",
     "paper_decoder",
     "paper_encoder",

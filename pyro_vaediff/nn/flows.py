@@ -2,7 +2,8 @@ r"""Normalizing flows from zuko, as distributions over latents of any shape."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import zuko
@@ -10,7 +11,10 @@ from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions import constraints
 from torch import Size, Tensor, nn
 
-__all__ = ["FlowDistribution", "masked_autoregressive_flow"]
+from ..arguments import as_shape
+from .coupling import coupling_flow
+
+__all__ = ["FLOWS", "FlowDistribution", "masked_autoregressive_flow"]
 
 
 class FlowDistribution(ZukoToPyro):
@@ -84,7 +88,7 @@ class FlowDistribution(ZukoToPyro):
 
 
 def masked_autoregressive_flow(
-    features: int,
+    event_shape: int | Sequence[int],
     context: int = 0,
     num_steps: int = 3,
     hidden_features: Sequence[int] = (300, 300, 300),
@@ -94,10 +98,10 @@ def masked_autoregressive_flow(
 
     That is the direction for a prior. A posterior is sampled in each training step and scores its
     samples only, for which the ``inverse`` takes one pass. The steps are affine, and the order of
-    the variables is reversed from one to the next.
+    the variables is reversed from one to the next. Latents of any shape are seen as vectors.
 
     Arguments:
-        features: The number of variables :math:`D`.
+        event_shape: The shape of a latent, or its number of variables :math:`D`.
         context: The number of features :math:`F` of the context.
         num_steps: The number of steps.
         hidden_features: The width of each hidden layer of the conditioners. They are widened to
@@ -108,6 +112,7 @@ def masked_autoregressive_flow(
         | Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016)
         | https://arxiv.org/abs/1606.04934
     """
+    features = math.prod(as_shape("event_shape", event_shape))
     widths = [max(width, features) for width in hidden_features]
     flow = zuko.flows.MAF(
         features, context, transforms=num_steps, hidden_features=widths, activation=nn.ELU
@@ -115,3 +120,10 @@ def masked_autoregressive_flow(
     if not inverse:
         return flow
     return zuko.flows.Flow([step.inv for step in flow.transform.transforms], flow.base)
+
+
+#: The flows, as functions ``(event_shape, context, num_steps, hidden_features)``.
+FLOWS: dict[str, Callable[..., zuko.flows.Flow]] = {
+    "autoregressive": masked_autoregressive_flow,
+    "coupling": coupling_flow,
+}

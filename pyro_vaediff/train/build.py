@@ -28,8 +28,8 @@ def make_prior(config: ModelConfig) -> Prior:
             raise ValueError("prior='vamp' takes no labels: leave out condition")
         return VampPrior(None, D, config.image_shape, config.num_components)
     if config.prior == "flow":
-        widths = (300 if width is None else width,) * 3
-        return FlowPrior(D, hidden_features=widths, context_features=config.num_classes)
+        widths = None if width is None else (width,) * 3
+        return FlowPrior(D, None, widths, config.num_classes, config.flow)
     if config.prior == "diffusion":
         return make_diffusion_prior(config)
     return PRIORS[config.prior](D)

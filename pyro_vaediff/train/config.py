@@ -19,7 +19,7 @@ from ..denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
 from ..evaluate import EXTRACTORS
 from ..infer import ESTIMATORS, PROPOSALS, REWEIGHTINGS
 from ..likelihoods import LIKELIHOODS
-from ..nn import BACKBONES
+from ..nn import BACKBONES, FLOWS
 from ..priors import PRIORS
 from ..schedules import SCHEDULES
 from .options import check, choice, number, option, positive, whole
@@ -87,13 +87,24 @@ class ModelConfig(Checked):
         whole(),
         of={"prior": ("mixture", "vamp")},
     )
+    flow: str = option(
+        "autoregressive",
+        "kind of flow; coupling is for latents that are images",
+        choice(FLOWS),
+        of={"prior": ("flow",)},
+    )
     prior_width: int | None = option(
         None,
         "hidden width of a flow or a denoiser (its own default)",
         whole(),
         of={"prior": ("flow", "diffusion")},
     )
-    denoiser: str = option("residual", "network of the prior", choice(DENOISERS), of=DIFFUSION)
+    denoiser: str = option(
+        "residual",
+        "network of the prior; unet, vit and dit are for latents that are images",
+        choice(DENOISERS),
+        of=DIFFUSION,
+    )
     num_timesteps: int = option(1000, "T", whole(), of=DIFFUSION)
     schedule: str = option("linear", "variances", choice(SCHEDULES), of=DIFFUSION)
     beta_min: float = option(1e-4, "first of the linear schedule", of=DIFFUSION)
