@@ -34,6 +34,9 @@ def register(name: str, module: nn.Module) -> nn.Module:
 
     Returns:
         The same module.
+
+    Raises:
+        ValueError: If a parameter is not contiguous in memory.
     """
     store = pyro.get_param_store()
     prefix = _names.get(module)
@@ -44,6 +47,11 @@ def register(name: str, module: nn.Module) -> nn.Module:
     for key, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
+        if not parameter.is_contiguous():
+            raise ValueError(
+                f"parameter {key} of the {name} must be contiguous, or Pyro's store would train a "
+                "copy of it: convert the data to another memory format, not the networks"
+            )
         full = f"{prefix}{DIVIDER}{key}"
         stored = known.get(full)
         if stored is not parameter:

@@ -618,3 +618,10 @@ def test_a_flow_posterior_is_scored_when_it_is_drawn(x):
     with pyro.validation_enabled(False):
         Timestep_ELBO().loss_and_grads(vae.model, vae.guide, x.float())
     assert len(calls) == 1
+
+
+def test_parameters_in_another_memory_format_are_refused():
+    # Pyro's store makes what it holds contiguous: SVI would train a copy.
+    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    with one_line_value_error("parameter weight of the decoder must be contiguous, or Pyro"):
+        register("decoder", net)

@@ -2,11 +2,34 @@ r"""Models from their configurations."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import nn
+
 from ..denoise import REVERSE_VARIANCES
-from ..likelihoods import make_likelihood
-from ..nn import ConvDecoder, ConvEncoder, paper_decoder, paper_encoder
+from ..likelihoods import Likelihood, make_likelihood
+from ..nn import (
+    ConvDecoder,
+    ConvEncoder,
+    LadderEncoder,
+    LadderStep,
+    ResNetDecoder,
+    ResNetEncoder,
+    ladder_path,
+    paper_decoder,
+    paper_encoder,
+)
 from ..nn.backbones import make_backbone
-from ..priors import PRIORS, DiffusionPrior, FlowPrior, MixturePrior, Prior, VampPrior
+from ..priors import (
+    PRIORS,
+    ConditionalGaussianPrior,
+    DiffusionPrior,
+    FlowPrior,
+    HierarchicalPrior,
+    MixturePrior,
+    Prior,
+    VampPrior,
+)
 from ..schedules import LinearSchedule, Schedule, make_schedule
 from ..vae import VAE
 from .config import DENOISERS, ModelConfig
@@ -20,62 +43,98 @@ def make_prior(config: ModelConfig) -> Prior:
     Arguments:
         config: The configuration.
     """
-    D, width = config.latent_dim, config.prior_width
+    if config.latent_groups:
+        return make_hierarchy(config)
+    shape, width = config.event_shape, config.prior_width
     if config.prior == "mixture":
-        return MixturePrior(D, config.num_components)
+        return MixturePrior(shape, config.num_components)
     if config.prior == "vamp":
         if config.num_classes:
             raise ValueError("prior='vamp' takes no labels: leave out condition")
-        return VampPrior(None, D, config.image_shape, config.num_components)
+        return VampPrior(None, shape, config.image_shape, config.num_components)
     if config.prior == "flow":
         widths = None if width is None else (width,) * 3
-        return FlowPrior(D, None, widths, config.num_classes, config.flow)
+        return FlowPrior(shape, None, widths, config.num_classes, config.flow)
     if config.prior == "diffusion":
-        return make_diffusion_prior(config)
-    return PRIORS[config.prior](D)
+        return make_diffusion_prior(config, config.num_classes)
+    return PRIORS[config.prior](shape)
 
 
-def make_diffusion_prior(config: ModelConfig) -> DiffusionPrior:
-    r"""Returns the diffusion prior of a configuration."""
-    D, T = config.latent_dim, config.num_timesteps
+def make_diffusion_prior(config: ModelConfig, context: int | tuple[int, ...]) -> DiffusionPrior:
+    r"""Returns the diffusion prior of a configuration, with a context of that shape."""
+    shape, T = config.event_shape, config.num_timesteps
     schedule: Schedule
     if config.schedule == "linear":
         schedule = LinearSchedule(T, config.beta_min, config.beta_max)
     else:
         schedule = make_schedule(config.schedule, T)
-    special = config.denoiser == "preconditioned"
+    special, name = config.denoiser == "preconditioned", config.denoiser
+    if special or name is None:
+        name = "conv" if len(shape) == 3 else "residual"
     num_outputs = REVERSE_VARIANCES[config.reverse_variance].num_outputs
-    backbone = make_backbone(
-        "residual" if special else config.denoiser,
-        D,
-        schedule,
-        num_outputs,
-        config.prior_width,
-        config.num_classes,
-    )
+    backbone = make_backbone(name, shape, schedule, num_outputs, config.prior_width, context)
     return DiffusionPrior(
-        D,
+        shape,
         T,
         schedule,
         backbone,
         config.parameterization,
         config.reverse_variance,
         preconditioning=special,
-        context_features=config.num_classes,
+        context_features=context,
+    )
+
+
+def make_hierarchy(config: ModelConfig) -> HierarchicalPrior:
+    r"""Returns a hierarchy with the prior of the configuration on its top group, or on each."""
+    if config.num_classes:
+        raise ValueError("a hierarchy takes no labels: leave out condition")
+    path = make_path(config)
+    groups: list[Prior] = []
+    for step in path:
+        alone = replace(config, latent_groups=(), latent_shape=step.event_shape, group_priors="top")
+        if not groups:
+            groups.append(make_prior(alone))
+        elif config.group_priors == "every":
+            groups.append(make_diffusion_prior(alone, (config.width, *step.sides)))
+        else:
+            C = step.event_shape[0]
+            net = nn.Conv2d(config.width, 2 * C, 3, padding=1)
+            groups.append(ConditionalGaussianPrior(step.event_shape, net))
+    return HierarchicalPrior(groups, path, (config.width, *path[-1].next_sides))
+
+
+def make_path(config: ModelConfig) -> list[LadderStep]:
+    r"""Returns the generative path of a hierarchy."""
+    return ladder_path(config.groups, config.image_shape, config.width, config.num_blocks)
+
+
+def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Module, nn.Module]:
+    r"""Returns the encoder and the decoder of a configuration."""
+    image_shape, shape, width = tuple(config.image_shape), config.event_shape, config.width
+    features, blocks = config.num_classes, config.num_blocks
+    if config.latent_groups:
+        encoder = LadderEncoder(image_shape, config.groups, width, blocks)
+        state = (width, *encoder.sides[-1])
+        return encoder, ResNetDecoder(state, likelihood, width, blocks)
+    if config.networks == "paper":
+        if config.num_classes:
+            raise ValueError("networks='paper' take no labels: leave out condition")
+        return paper_encoder(image_shape, shape[0]), paper_decoder(shape[0], likelihood)
+    if config.networks == "resnet" or len(shape) > 1:
+        return (
+            ResNetEncoder(image_shape, shape, width, blocks, context_features=features),
+            ResNetDecoder(shape, likelihood, width, blocks, context_features=features),
+        )
+    return (
+        ConvEncoder(image_shape, shape[0], width, context_features=features),
+        ConvDecoder(shape[0], likelihood, width, context_features=features),
     )
 
 
 def make_vae(config: ModelConfig) -> VAE:
     r"""Returns the VAE of a configuration, freshly initialized."""
-    image_shape = tuple(config.image_shape)
-    likelihood = make_likelihood(config.likelihood, image_shape, config.levels)
-    if config.networks == "paper":
-        if config.num_classes:
-            raise ValueError("networks='paper' take no labels: leave out condition")
-        encoder = paper_encoder(image_shape, config.latent_dim)
-        decoder = paper_decoder(config.latent_dim, likelihood)
-    else:
-        width, features = config.width, config.num_classes
-        encoder = ConvEncoder(image_shape, config.latent_dim, width, context_features=features)
-        decoder = ConvDecoder(config.latent_dim, likelihood, width, context_features=features)
+    config.check_sizes()
+    likelihood = make_likelihood(config.likelihood, tuple(config.image_shape), config.levels)
+    encoder, decoder = make_networks(config, likelihood)
     return VAE(encoder, decoder, make_prior(config), likelihood.space(config.levels))

@@ -8,18 +8,17 @@ see :mod:`~pyro_vaediff.train.options`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import as_shape, check_seed
+from ..arguments import as_shape, check_nonnegative, check_seed
 from ..data import DATASETS
 from ..denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
 from ..evaluate import EXTRACTORS
 from ..infer import ESTIMATORS, PROPOSALS, REWEIGHTINGS
 from ..likelihoods import LIKELIHOODS
-from ..nn import BACKBONES, FLOWS
+from ..nn import BACKBONES, FLOWS, check_latent_groups, check_latent_shape
 from ..priors import PRIORS
 from ..schedules import SCHEDULES
 from .options import check, choice, number, option, positive, whole
@@ -76,11 +75,25 @@ class ModelConfig(Checked):
 
     prior: str = option("diffusion", "the prior", choice(PRIORS))
     latent_dim: int = option(16, "latent dimensions D", whole())
+    latent_shape: tuple[int, ...] = option(
+        (), "shape C h w of the latents, in place of D", metavar="N"
+    )
+    latent_groups: tuple[str, ...] = option(
+        (), "a hierarchy: the shapes D or CxHxW of its groups, the top one first", metavar="SHAPE"
+    )
+    group_priors: str = option(
+        "top", "which groups have the prior, the others being Gaussian", choice(("top", "every"))
+    )
     image_shape: Sequence[int] = (1, 8, 8)
     levels: int = 256
     likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
-    networks: str = option("default", "encoder and decoder", choice(("default", "paper")))
+    networks: str = option(
+        "default",
+        "encoder and decoder; default is resnet for latents that are images",
+        choice(("default", "paper", "resnet")),
+    )
     width: int = option(32, "channels of the first convolution", whole())
+    num_blocks: int = option(1, "residual blocks per resolution of a resnet", whole())
     num_components: int = option(
         500,
         "components of a mixture, pseudo-inputs of a VampPrior",
@@ -99,9 +112,9 @@ class ModelConfig(Checked):
         whole(),
         of={"prior": ("flow", "diffusion")},
     )
-    denoiser: str = option(
-        "residual",
-        "network of the prior; unet, vit and dit are for latents that are images",
+    denoiser: str | None = option(
+        None,
+        "network of the prior (conv for latents that are images, else residual)",
         choice(DENOISERS),
         of=DIFFUSION,
     )
@@ -122,6 +135,45 @@ class ModelConfig(Checked):
         if len(self.image_shape) != 3:
             raise ValueError(f"image_shape must be (C, H, W), got {tuple(self.image_shape)}")
         as_shape("image_shape", tuple(self.image_shape))
+        if self.latent_shape and self.latent_groups:
+            raise ValueError("latent_shape is that of one group: leave it out with latent_groups")
+        if self.networks == "paper" and (self.latent_shape or self.latent_groups):
+            raise ValueError("networks='paper' have a vector of latents: give latent_dim")
+        if self.group_priors == "every" and self.prior != "diffusion":
+            raise ValueError(
+                f"group_priors='every' needs a prior with images as context, 'diffusion', got "
+                f"{self.prior!r}"
+            )
+        if self.latent_groups and self.prior == "vamp":
+            raise ValueError("prior='vamp' has no hierarchy: its encoder would need one of its own")
+        _ = self.event_shape, self.groups  # which are checked as they are read
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        r"""The shape of the latents, or of those of the first group."""
+        if self.latent_groups:
+            return self.groups[0]
+        return as_shape("latent_shape", tuple(self.latent_shape) or self.latent_dim)
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        r"""The shapes of the groups of a hierarchy; empty if there is none."""
+        return [parse_shape(text) for text in self.latent_groups]
+
+    def check_sizes(self) -> None:
+        r"""Raises a ``ValueError`` unless the networks have such latents of images of that size."""
+        if self.latent_groups:
+            check_latent_groups(self.groups, self.image_shape)
+        elif self.latent_shape:
+            check_latent_shape(self.event_shape, self.image_shape)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    r"""Returns the shape that a text such as ``"4x8x8"`` or ``"16"`` means."""
+    parts = text.split("x")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"a shape must be D or CxHxW, such as 16 or 4x8x8, got {text!r}")
+    return as_shape("latent_groups", tuple(map(int, parts)))
 
 
 @dataclass(frozen=True)
@@ -182,12 +234,18 @@ class TrainConfig(Checked):
     prior_weight_decay: float = option(
         0.0,
         "decoupled weight decay of the prior's matrices",
-        number("finite and at least 0", lambda x: 0 <= x < math.inf),
+        check_nonnegative,
     )
     lr_schedule: str = option(
         "constant", "of the rates, cosine to zero", choice(("constant", "cosine"))
     )
     warmup: int = option(0, "steps in which the rates rise", whole(0))
+    kl_warmup: int = option(0, "epochs in which the weight of the KL rises to 1", whole(0))
+    free_bits: float = option(
+        0.0,
+        "nats per datum that the KL of each group of latents may have for free",
+        check_nonnegative,
+    )
     clip_norm: float | None = option(
         100.0, "global gradient norm, per datum", number("positive", lambda x: x > 0)
     )

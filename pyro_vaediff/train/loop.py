@@ -23,6 +23,7 @@ from ..vae import VAE
 from . import distributed
 from .build import make_vae
 from .config import ModelConfig, TrainConfig
+from .objective import make_objective, warm
 from .optim import TorchOptim, WeightAverage, learning_rate, make_svi, parameter_groups, per_datum
 from .saving import NonFiniteError, Record, SavedRun, describe
 from .splits import Splits
@@ -72,8 +73,6 @@ class Trainer(SavedRun):
                     writer.add_scalar(name, value, record["epoch"])
 
             Trainer(vae, data, Timestep_ELBO(), on_epoch=log, out="runs/mine").fit()
-
-        With Weights & Biases, ``on_epoch=wandb.log`` is all.
     """
 
     def __init__(
@@ -126,14 +125,15 @@ class Trainer(SavedRun):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self.optim = TorchOptim(optimizer, config.clip_norm, scheduler)
 
+        objective, self.kl_weight = make_objective(vae, elbo, config)
         gaussian = GaussianPrior(vae.prior.event_shape).to(vae.prior.origin)
         first, size = VAE(vae.encoder, vae.decoder, gaussian), self.batch_size
         self.svi, self.gaussian_svi, self.prior_svi = (
-            make_svi(per_datum(model, size), per_datum(guide, size), self.optim, elbo)
-            for model, guide in (
-                (vae.model, vae.guide),
-                (first.model, first.guide),
-                (vae.prior_model, vae.prior_guide),
+            make_svi(per_datum(model, size), per_datum(guide, size), self.optim, loss)
+            for model, guide, loss in (
+                (vae.model, vae.guide, objective),
+                (first.model, first.guide, objective),
+                (vae.prior_model, vae.prior_guide, elbo),
             )
         )
         self.average = WeightAverage(vae, config.ema) if config.ema else None
@@ -222,6 +222,7 @@ class Trainer(SavedRun):
         with self.phase() as svi:
             for step, (batch, c) in enumerate(loader, start=1):
                 x = preprocess(self.vae, batch)
+                self.kl_weight.value = warm(self.config, self.steps, self.steps_per_epoch)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     svi.step(*(x,) if c is None else (x, c.to(x.dtype)))
                 self.steps += 1

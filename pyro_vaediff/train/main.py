@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -73,6 +74,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 DEFAULTS["fashion-mnist"] = DEFAULTS["mnist"]
 DEFAULTS["celeba"] = DEFAULTS["folder"] = DEFAULTS["cifar10"]
+
+# The sides of the images of a data set, as far as they are known.
+SIZES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "celeba": 64}
 
 PARTS: dict[str, type] = {
     "data": DataConfig,
@@ -129,7 +133,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**values | DEFAULTS.get(given.get("dataset", "digits"), {}) | given)
     if args.out is None:
         args.out = Path("runs") / f"{args.dataset}-{args.prior}-s{args.seed}"
-    Config.of(args)  # which checks them
+    config = Config.of(args)  # which checks them
+    size = math.prod(config.model.event_shape)
+    if "latent_dim" in given and size != args.latent_dim:
+        raise ValueError(
+            f"latent_dim={args.latent_dim} is not the size of latent_shape or of the first of "
+            f"latent_groups, {size}: leave it out"
+        )
+    args.latent_dim = size
     for part in PARTS.values():
         check_use(part, given, {"prior": args.prior, "estimator": args.estimator})
     return args
@@ -172,10 +183,12 @@ def choose_extractor(config: Config, device: torch.device) -> Extractor | None:
         return None
 
 
-def load_images(config: DataConfig) -> ImageData:
+def load_images(config: DataConfig, model: ModelConfig) -> ImageData:
     r"""Returns the images; what the first process downloads, the others find."""
     if config.image_size is not None:
         check_image_size(config.image_size)
+    if size := config.image_size or SIZES.get(config.dataset):  # known before they are loaded
+        dataclasses.replace(model, image_shape=(1, size, size)).check_sizes()
     with distributed.in_turns():
         return load(
             config.dataset,
@@ -208,7 +221,7 @@ def run(config: Config, device: torch.device) -> None:
         raise ValueError(
             f"--out {out} holds a run already: continue it with --resume, or choose another"
         )
-    data = load_images(config.data)
+    data = load_images(config.data, config.model)
     extractor = choose_extractor(config, device) if main_process else None
     num_images = config.report.num_images
     if extractor is not None and min(num_images, len(data.test)) < 2:
