@@ -59,7 +59,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:class", r"Outputs|Record|Times|Start|Data|Check|Reweighting"),  # aliases of types
     (r"py:.*", r"(argparse|collections|matplotlib|np|numpy|pathlib|PIL|pyro|torch|typing)\..*"),
-    (r"py:.*", r"(F|dist|nn|torch)\..*|Size|Tensor|TorchDistribution|Trace|Callable|Iterator|Path"),
+    (r"py:.*", r"(F|dist|nn|zuko)\..*|Size|Tensor|TorchDistribution|Trace|Callable|Iterator|Path"),
     (r"py:.*", r".*TypeVar.*|optional|bool|int|float|str|tuple|list|dict|type|None|Any"),
 ]
 
