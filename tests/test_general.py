@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -407,10 +408,15 @@ def test_a_network_that_predicts_the_whole_noise(device):
         exact(prior.denoise(z, t), m + gain * (z - alpha_bar.sqrt() * m), atol=1e-6)
 
 
-def test_betas_are_a_schedule():
-    betas = torch.tensor([0.1, 0.2, 0.3])
-    prior = DiffusionPrior(2, 3, betas)
-    torch.testing.assert_close(prior.schedule.betas[1:], betas)
+@pytest.mark.parametrize("kind", [torch.tensor, list, np.array], ids=lambda kind: kind.__name__)
+def test_betas_are_a_schedule(kind):
+    betas = [0.1, 0.2, 0.3]
+    prior = DiffusionPrior(2, 3, kind(betas))
+    torch.testing.assert_close(prior.schedule.betas[1:], torch.tensor(betas))
+    with one_line_value_error("^num_timesteps is 1000, but the schedule has 3$"):
+        DiffusionPrior(2, schedule=kind(betas))
+    with one_line_value_error("^betas must lie in"):
+        DiffusionPrior(2, 1000, kind([2.0] * 1000))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -611,6 +617,30 @@ def test_masked_data_are_no_part_of_the_bound(x, make):
     for name, term in terms[0].items():
         assert term.all()
         assert torch.equal(terms[1][name], term * mask), name
+
+
+def test_missing_pixels_are_no_part_of_the_bound(x):
+    # As docs/howto/model.md has it: the value of a pixel that is not there does not matter.
+    vae = linear_gaussian_vae(4).to(x.device)
+    observed = torch.tensor([[True, False, True], [False, True, True]], device=x.device)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pixels = vae.decoder(vae.prior.model()).base_dist
+            pyro.sample("x", pixels.mask(observed).to_event(1), obs=x)
+
+    def guide(x):
+        return vae.guide(x * observed)
+
+    terms = []
+    for values in (x, torch.where(observed, x, 7.0)):
+        torch.manual_seed(1)
+        terms.append(elbo_terms(model, guide, values))
+    torch.testing.assert_close(*terms, atol=0, rtol=0)
+    torch.manual_seed(1)
+    p_x = vae.decoder(guide(x)).base_dist
+    expected = -(p_x.log_prob(x) * observed).sum(-1)
+    torch.testing.assert_close(terms[0]["x"], expected, atol=1e-10, rtol=0)
 
 
 def test_a_flow_posterior_is_scored_when_it_is_drawn(x):
