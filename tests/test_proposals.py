@@ -174,7 +174,8 @@ def test_probabilities_of_any_chain(device, Chosen, T):
 def test_one_importance_serves_several_priors(device):
     importance = ImportanceTimesteps()
     priors = [DiffusionPrior(2, 5, schedule).to(device) for schedule in ("linear", "cosine")] * 2
-    for prior, conditioning in itertools.product(priors, ("z_0", "x")):
+    # The prior changes where the conditioning does not, and the other way round.
+    for prior, conditioning in itertools.product(priors, ("z_0", "x", "z_0")):
         expected = ImportanceTimesteps()(prior, conditioning)
         torch.testing.assert_close(importance(prior, conditioning), expected)
 
@@ -204,7 +205,7 @@ def test_loss_aware_learns_the_optimal_proposal(device):
 
 def test_loss_aware_leaves_unseen_timesteps_alone(device):
     prior = DiffusionPrior(2, 4).double().to(device)
-    proposal = LossAwareTimesteps(decay=0.75)
+    proposal = LossAwareTimesteps(decay=0.75, uniform=0.3)
     proposal(prior, "z_0")
     before = proposal.squares.clone()
     t = torch.tensor([[2, 2], [4, 2]], device=device)
@@ -213,6 +214,8 @@ def test_loss_aware_leaves_unseen_timesteps_alone(device):
     torch.testing.assert_close(proposal.squares[[0, 1, 3]], before[[0, 1, 3]])
     expected = 0.75 * before[[2, 4]] + 0.25 * before.new_tensor([(1 + 4 + 16) / 3, 25.0])
     torch.testing.assert_close(proposal.squares[[2, 4]], expected)
+    rms = proposal.squares[2:].sqrt()
+    torch.testing.assert_close(proposal(prior, "z_0"), 0.7 * rms / rms.sum() + 0.3 / 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
