@@ -94,8 +94,8 @@ def is_whole(value: object, least: int, below: float = math.inf) -> bool:
 def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
     r"""Raises a ``ValueError`` unless a value is one of the choices, which it names."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"unknown {argument} {value!r}: choose one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"unknown {argument} {value!r:.80}: choose one of {', '.join(choices)}")
 
 
 def check_seed(seed: object, argument: str = "seed") -> None:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -432,7 +432,9 @@ class LogSNRSchedule(Schedule):
 SCHEDULES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "cosine": CosineSchedule}
 
 
-def make_schedule(schedule: str | Schedule | Tensor, num_timesteps: int) -> Schedule:
+def make_schedule(
+    schedule: str | Schedule | Tensor | Sequence[float], num_timesteps: int
+) -> Schedule:
     r"""Returns the schedule of that name, or the given one if it has the right length.
 
     Arguments:
@@ -440,7 +442,7 @@ def make_schedule(schedule: str | Schedule | Tensor, num_timesteps: int) -> Sche
         num_timesteps: The number of steps :math:`T`.
     """
     check_whole("num_timesteps", num_timesteps)
-    if isinstance(schedule, Tensor):
+    if not isinstance(schedule, str | Schedule):
         schedule = Schedule(schedule)
     if isinstance(schedule, Schedule):
         if schedule.num_timesteps != num_timesteps:

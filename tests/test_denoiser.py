@@ -83,6 +83,29 @@ def test_the_tables_are_not_part_of_the_state(denoiser):
     assert denoiser.state_dict().keys() == names
 
 
+def test_autocast_does_not_reach_the_network(denoiser, device):
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    denoiser, z = denoiser.float(), torch.randn(4, 3, device=device)
+    expected = denoiser(z, 3).mean
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(denoiser(z, 3).mean, expected)
+
+
+def test_the_check_of_a_backbone_leaves_its_statistics(device):
+    class Normalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, z, log_snr):
+            return self.norm(z)
+
+    backbone = Normalized()
+    Denoiser(backbone, LinearSchedule(T), (3,))
+    assert backbone.norm.num_batches_tracked == 0 and backbone.training
+
+
 # --- The preconditioned denoiser ------------------------------------------------------------------
 
 MEAN, SCALE = [0.3, -2.0], [0.2, 1.7]

@@ -2,6 +2,8 @@ r"""What every estimator promises whatever it estimates: its interface, its erro
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -149,6 +151,28 @@ def test_each_term_has_the_right_mean(x, T, reverse_variance, conditioning):
         mean, se = draws.mean(-2), draws.std(-2) / num_replicas**0.5
         assert (se < 0.05).all(), name
         assert ((mean - exact[name]).abs() < 5 * se + 1e-10).all(), name
+
+
+def test_an_auxiliary_site_of_the_guide_is_part_of_the_bound(device):
+    # q(z) = int q(u) q(z | u) du with u ~ N(m, r^2), z ~ N(u, s^2), and p(z) = N(0, 1).
+    m, r, s = (torch.tensor(v, dtype=torch.float64, device=device) for v in (0.3, 0.5, 0.7))
+
+    def model():
+        pyro.sample("z", dist.Normal(0 * m, 1.0))
+
+    def guide():
+        u = pyro.sample("u", dist.Normal(m, r), infer={"is_auxiliary": True})
+        return pyro.sample("z", dist.Normal(u, s))
+
+    torch.manual_seed(1)
+    terms = TraceKL_ELBO().terms(model, guide)
+    torch.manual_seed(1)
+    expected = {
+        "-H[u]": -(2 * math.pi * math.e * r**2).log() / 2,
+        "-H[z]": -(2 * math.pi * math.e * s**2).log() / 2,
+        "z": -dist.Normal(0 * m, 1.0).log_prob(guide()),
+    }
+    torch.testing.assert_close(terms, expected, atol=1e-12, rtol=0)
 
 
 # --- Errors ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ r"""Evaluation of a VAE against terms that are known, whatever its data come in.
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pyro
@@ -14,8 +15,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior
-from pyro_vaediff.evaluate import elbo_surgery, evaluate, kl_by_timestep, log_likelihood, preprocess
+from pyro_vaediff.evaluate import (
+    Surgery,
+    elbo_surgery,
+    evaluate,
+    kl_by_timestep,
+    log_likelihood,
+    preprocess,
+)
 from pyro_vaediff.likelihoods import make_likelihood
+from pyro_vaediff.nn import ResidualMLP
 from pyro_vaediff.sampling import ddim, sample, trajectory
 from pyro_vaediff.testing import LinearGaussian, linear_gaussian_vae
 
@@ -49,13 +58,17 @@ class Shaped(nn.Module):
 
 
 class Encoder(LinearGaussian):
+    def __init__(self, *layers):
+        super().__init__((3,), (2,), log_scale=-0.5)
+        self.layers = nn.Sequential(*layers)
+
     def forward(self, x, c=None):
-        return super().forward(x if c is None else x - c)
+        return super().forward(self.layers(x if c is None else x - c))
 
 
 def known_vae(device, *layers):
-    encoder = Encoder((3,), (2,), log_scale=-0.5)
-    return VAE(encoder, Known(*layers), GaussianPrior(2)).double().to(device)
+    encoder, decoder = Encoder(*copy.deepcopy(layers)), Known(*layers)
+    return VAE(encoder, decoder, GaussianPrior(2)).double().to(device)
 
 
 @pytest.fixture
@@ -119,17 +132,62 @@ def test_images_go_through_the_pixel_space(device):
         evaluate(vae, images + 1)
 
 
+def seeded(fn):
+    r"""Returns a function with a seed, as the others have, of one that has none."""
+
+    def call(*args, **kwargs):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return fn(*args, **kwargs)
+
+    return call
+
+
 FUNCTIONS = {
     "evaluate": evaluate,
-    "log_likelihood": lambda vae, x: log_likelihood(vae, x, 2),
+    "log_likelihood": lambda vae, x, **kwargs: log_likelihood(vae, x, 2, **kwargs),
     "elbo_surgery": elbo_surgery,
+    "kl_by_timestep": seeded(kl_by_timestep),
 }
+
+
+class Told(nn.Module):
+    r"""A backbone that remembers the contexts that it is told, and does not use them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.told = ResidualMLP(2, width=8), []
+        nn.init.normal_(self.net.outputs.weight, std=0.1)
+
+    def forward(self, z, log_snr, c=None):
+        if c is not None:
+            self.told.append(c)
+        return self.net(z, log_snr)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_networks_are_told_the_context(device, x, name):
+    # The encoder subtracts the context, and the decoder adds it: the number is that of x - c.
+    vae, c = known_vae(device), torch.randn_like(x)
+    vae.prior = DiffusionPrior(2, 4, backbone=Told(), context_features=3).double().to(device)
+    vae.prior.denoiser.backbone.told.clear()  # of the check at construction
+    options = {} if name == "kl_by_timestep" else {"batch_size": 4}
+    assert_equal(FUNCTIONS[name](vae, x, c=c, **options), FUNCTIONS[name](vae, x - c, **options))
+    told = torch.cat(vae.prior.denoiser.backbone.told)
+    assert {tuple(row) for row in told.tolist()} == {tuple(row) for row in c.tolist()}
+
+
+def assert_equal(a, b):
+    r"""Asserts that results are the same, up to rounding, tensors or not."""
+    if isinstance(a, Surgery):
+        a, b = vars(a), vars(b)
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_it_is_done_in_eval_mode_and_leaves_nothing_behind(device, x, name):
     vae, modes = known_vae(device, nn.BatchNorm1d(3), nn.Dropout(0.9)), []
-    for layer in vae.decoder.layers:
+    for layer in (*vae.encoder.layers, *vae.decoder.layers):
         layer.register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
     vae.decoder.layers[0].running_mean += 1.0
     vae.decoder.layers[1].eval()  # frozen, in a VAE that trains
@@ -141,7 +199,7 @@ def test_it_is_done_in_eval_mode_and_leaves_nothing_behind(device, x, name):
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
     assert str(FUNCTIONS[name](vae, x)) == str(result)  # a function of its seed
-    assert not any(modes)
+    assert modes and not any(modes)
     assert all(map(torch.equal, vae.buffers(), buffers))
     assert not list(pyro.get_param_store())
     if name == "evaluate":
@@ -151,7 +209,7 @@ def test_it_is_done_in_eval_mode_and_leaves_nothing_behind(device, x, name):
 def test_a_vae_is_saved_after_an_evaluation(device):
     vae = linear_gaussian_vae(3).to(device)
     x = torch.randn(2, 3, dtype=torch.float64, device=device)
-    for fn in (*FUNCTIONS.values(), kl_by_timestep):
+    for fn in FUNCTIONS.values():
         fn(vae, x)
         torch.save(vae, io.BytesIO())
     for fn in (sample, trajectory, lambda prior, n: ddim(prior, n, 2)):

@@ -12,12 +12,21 @@ from errors import one_line_value_error
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior, Timestep_ELBO
-from pyro_vaediff.data import load
+from pyro_vaediff.data import ImageData, load
 from pyro_vaediff.evaluate import evaluate
 from pyro_vaediff.likelihoods import GaussianLikelihood
-from pyro_vaediff.train import TrainConfig, Trainer, load_data, load_vae, load_weights
+from pyro_vaediff.nn import ResidualMLP
+from pyro_vaediff.train import (
+    TrainConfig,
+    Trainer,
+    load_checkpoint,
+    load_data,
+    load_vae,
+    load_weights,
+)
 from pyro_vaediff.train.optim import WeightAverage
 from pyro_vaediff.train.report import report
+from pyro_vaediff.train.splits import Splits
 
 
 class Encoder(nn.Module):
@@ -188,18 +197,26 @@ def test_the_cosine_ends_with_the_last_step():
     assert run.optim.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_context_is_what_the_model_is_given():
-    # Data are their labels up to noise: without the context, the latents must carry them.
-    labels = torch.arange(60) % 2
-    c = nn.functional.one_hot(labels, 2).float()
-    x = 4 * (labels[:, None] - 0.5).expand(60, 6) + 0.1 * X
-    options = {"epochs": 40}
-    losses = []
-    for data, context in (((x[:40], x[40:]), 0), (((x[:40], c[:40]), (x[40:], c[40:])), 2)):
-        run = trainer(vae=make_vae(context), data=data, options=options)
-        run.fit(progress=False)
-        losses.append(run.history[-1]["validation"])
-    assert losses[1] < losses[0] - 0.3
+def test_a_context_goes_with_its_data_to_every_network():
+    c, vae, told = X[:, :2].double(), make_vae(2), {}
+    for network in (vae.encoder, vae.decoder, vae.prior.denoiser.backbone):
+        network.register_forward_pre_hook(
+            lambda network, args: told.setdefault(type(network), []).append(args)
+        )
+    options = {"epochs": 1, "prior_epochs": 1, "batch_size": 15}
+    run = trainer(vae=vae, data=((X[:40], c[:40]), (X[40:], c[40:])), options=options)
+    run.fit(progress=False)
+    assert run.steps == 2 * 2  # a last batch of ten is left out
+    pairs = told[Encoder]
+    assert {len(x) for x, _ in pairs} == {15, 20}
+    assert all(torch.equal(x[:, :2], given) for x, given in pairs)
+    # The others are told the same, but for the decoder while the prior is trained alone.
+    contexts = [
+        {tuple(args[-1].flatten().tolist()) for args in told[network]}
+        for network in (Encoder, ResidualMLP, Decoder)
+    ]
+    assert contexts[0] == contexts[1]
+    assert contexts[2] < contexts[0]
 
 
 def test_labels_of_images_are_the_context_one_hot():
@@ -211,7 +228,7 @@ def test_labels_of_images_are_the_context_one_hot():
             self.seen, self.net = [], nn.Linear(64, 4)
 
         def forward(self, x, c):
-            self.seen.append(c)
+            self.seen.append((x, c))
             loc, raw = self.net(x.flatten(-3)).chunk(2, -1)
             return dist.Normal(loc, raw.exp()).to_event(1)
 
@@ -227,9 +244,11 @@ def test_labels_of_images_are_the_context_one_hot():
     vae = VAE(Images(), Pixels(), GaussianPrior(2), GaussianLikelihood((1, 8, 8)).space(17))
     run = Trainer(vae, data, Timestep_ELBO(), TrainConfig(epochs=1, batch_size=20), labels=True)
     run.fit(progress=False)
-    seen = vae.encoder.seen[0]  # the training images are one batch
-    assert sorted(seen.argmax(-1).tolist()) == sorted(data.train_labels.tolist())
-    assert torch.equal(seen.sum(-1), torch.ones(20))
+    x, c = vae.encoder.seen[0]  # the training images are one batch, with noise within a pixel value
+    images = ((x + 1) * 8.5).floor().to(torch.uint8)
+    numbers = (images[:, None] == data.train).flatten(2).all(-1).long().argmax(1)
+    assert sorted(numbers.tolist()) == list(range(20))
+    assert torch.equal(c, nn.functional.one_hot(data.train_labels[numbers], 10).float())
 
 
 def test_the_average_is_of_weights_and_statistics_not_of_tables():
@@ -241,6 +260,39 @@ def test_the_average_is_of_weights_and_statistics_not_of_tables():
     assert average.values.keys() == vae.state_dict().keys()
     for name, value in vae.state_dict().items():
         assert torch.equal(average.values[name], value), name
+
+
+def test_a_snapshot_is_the_averaged_model(tmp_path):
+    run = trainer(tmp_path, options={"epochs": 1, "ema": 0.5}, snapshots=[1])
+    run.fit(progress=False)
+    saved = load_checkpoint(tmp_path / "epoch-1.pt")["vae"]
+    assert all(torch.equal(saved[name], value) for name, value in run.average.values.items())
+
+
+def test_flips_are_those_of_the_data(monkeypatch):
+    # Of images whose left half is dark: some are flipped iff their data set says so.
+    images = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    images[..., 4:] = 16
+    for flip in (False, True):
+        data = ImageData("mine", images, images, images, levels=17, horizontal_flip=flip)
+        splits = Splits.of(data)
+        ((batch, _),) = splits.train.minibatches(20, torch.device("cpu"), splits.flip)
+        left = batch[:, 0, 0, 0] > 0
+        assert left.any() == flip and not left.all()
+
+
+def test_statistics_are_averaged_and_counts_are_copied():
+    model = nn.BatchNorm1d(2)
+    average = WeightAverage(model, 0.75)
+    average.update(model)
+    with torch.no_grad():
+        model.weight += 8.0
+        model.running_mean += 4.0
+        model.num_batches_tracked += 3
+    average.update(model)
+    assert average.values["weight"].tolist() == [3.0, 3.0]  # from 1 to 9
+    assert average.values["running_mean"].tolist() == [1.0, 1.0]
+    assert average.values["num_batches_tracked"].item() == 3
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,16 @@ def test_learned_variances_are_bounded(device, schedule, T):
         assert middle == pytest.approx(log_beta - width, abs=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.01, 1e-6])
+def test_the_interval_of_a_learned_variance_is_no_wider_than_e_to_the_5(beta):
+    # Here beta_tilde / beta is e^-1.7, e^-3.9 or e^-13.1.
+    schedule, backbone = Schedule(torch.tensor([beta, 0.5])), Constant([0.0], [1e6])
+    prior = DiffusionPrior(1, 2, schedule, backbone, reverse_variance="learned").double()
+    largest = prior.reverse(torch.zeros(1), 2).variance.log().item()
+    width = min(5.0, -math.log(beta / (beta + 0.5 - beta * 0.5)))
+    assert largest == pytest.approx(math.log(0.5) + 2 * width, abs=1e-6)
+
+
 # --- Parameterizations ----------------------------------------------------------------------------
 
 

@@ -300,6 +300,11 @@ def test_times_rise_from_0_to_T(T):
         assert num_steps < T or times == list(range(T + 1))
 
 
+def test_times_are_the_nearest_whole_numbers():
+    # 10 (i / 4)^1.5 is 0, 1.25, 3.54, 6.495 and 10.
+    assert ProbabilityFlow(DiffusionPrior(1, 10), 4).times == [0, 1, 4, 6, 10]
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 

@@ -218,6 +218,15 @@ def test_a_frozen_part_stays_as_it_is(device, x, part):
     train(vae, x, loss=Timestep_ELBO())
 
 
+def test_training_the_prior_alone_has_no_gradient_for_the_encoder(device):
+    vae = linear_gaussian_vae(3).to(device)
+    x = torch.randn(2, 3, dtype=torch.float64, device=device)
+    for elbo in (Trace_ELBO(), Timestep_ELBO()):
+        elbo.loss_and_grads(vae.prior_model, vae.prior_guide, x)
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert all(p.grad.any() for p in vae.prior.parameters())
+
+
 def test_training_goes_on_in_another_dtype(device, x):
     vae = make_vae(device)
     train(vae, x)

@@ -2,6 +2,8 @@ r"""The law of sampled timesteps, and the probabilities that a prior is assigned
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from errors import one_line_value_error
@@ -172,9 +174,10 @@ def test_probabilities_of_any_chain(device, Chosen, T):
 def test_one_importance_serves_several_priors(device):
     importance = ImportanceTimesteps()
     priors = [DiffusionPrior(2, 5, schedule).to(device) for schedule in ("linear", "cosine")] * 2
-    for prior in priors:
-        expected = ImportanceTimesteps()(prior, "z_0")
-        torch.testing.assert_close(importance(prior, "z_0"), expected)
+    # The prior changes where the conditioning does not, and the other way round.
+    for prior, conditioning in itertools.product(priors, ("z_0", "x", "z_0")):
+        expected = ImportanceTimesteps()(prior, conditioning)
+        torch.testing.assert_close(importance(prior, conditioning), expected)
 
 
 # --- Learning -------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def test_loss_aware_learns_the_optimal_proposal(device):
 
 def test_loss_aware_leaves_unseen_timesteps_alone(device):
     prior = DiffusionPrior(2, 4).double().to(device)
-    proposal = LossAwareTimesteps(decay=0.75)
+    proposal = LossAwareTimesteps(decay=0.75, uniform=0.3)
     proposal(prior, "z_0")
     before = proposal.squares.clone()
     t = torch.tensor([[2, 2], [4, 2]], device=device)
@@ -211,6 +214,8 @@ def test_loss_aware_leaves_unseen_timesteps_alone(device):
     torch.testing.assert_close(proposal.squares[[0, 1, 3]], before[[0, 1, 3]])
     expected = 0.75 * before[[2, 4]] + 0.25 * before.new_tensor([(1 + 4 + 16) / 3, 25.0])
     torch.testing.assert_close(proposal.squares[[2, 4]], expected)
+    rms = proposal.squares[2:].sqrt()
+    torch.testing.assert_close(proposal(prior, "z_0"), 0.7 * rms / rms.sum() + 0.3 / 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -236,13 +241,15 @@ def test_proposals_without_a_memory_have_no_state():
 
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_any_proposal_may_learn(device, vectorize):
+    probs = PROBS[:-1].to(device) / PROBS[:-1].sum()
+
     class Recorder(Proposal):
         def __init__(self):
             super().__init__()
             self.seen = []
 
         def forward(self, prior, conditioning):
-            return PROBS[:-1].to(device) / PROBS[:-1].sum()
+            return probs
 
         def update(self, t, terms):
             self.seen.append((t, terms))
@@ -252,10 +259,14 @@ def test_any_proposal_may_learn(device, vectorize):
     elbo = Timestep_ELBO(proposal, k=3, num_particles=2, vectorize_particles=vectorize)
     elbo.loss(vae.model, vae.guide, x)
     assert not proposal.seen
-    elbo.loss_and_grads(vae.model, vae.guide, x)
+    model, guide = (poutine.scale(program, scale=0.1) for program in (vae.model, vae.guide))
+    loss = elbo.terms(model, guide, x)["z_s"]
     ((t, terms),) = proposal.seen  # once for all particles
     assert t.shape == terms.shape and t.numel() == 2 * 3 * 7
     assert not terms.requires_grad and (terms >= 0).all()
+    # They are KLs: the loss has them times their weights 1 / k r(t), and in the programs' scale.
+    weighted = 0.1 * terms / (3 * probs[t - 2])
+    torch.testing.assert_close(weighted.sum() / 2, loss.detach(), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

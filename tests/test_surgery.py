@@ -195,6 +195,16 @@ def test_the_chains_bound_gives_the_kl_of_the_elbo(device, order, timesteps):
     assert ((kl.mean(0) - exact).abs() < 5 * se).all()
 
 
+def test_the_estimator_of_the_chains_bound_is_the_given_one(device):
+    vae = table_vae(device, *random_table(5, 2), DiffusionPrior(2, 20))
+    elbo, used = Timestep_ELBO("all"), []
+    elbo.particles = lambda *args, **kwargs: (
+        used.append(1) or Timestep_ELBO.particles(elbo, *args, **kwargs)
+    )
+    elbo_surgery(vae, numbers(5), elbo=elbo, batch_size=3)
+    assert len(used) == 2
+
+
 def test_the_chains_bound_is_tight_at_its_start(device):
     # The chain leaves N(0, I) unchanged, and the forward diffusion is its exact posterior.
     vae = table_vae(device, *random_table(100, 2), DiffusionPrior(2, 20))

@@ -72,7 +72,7 @@ class DiffusionPrior(Prior):
         self,
         event_shape: int | Sequence[int],
         num_timesteps: int = 1000,
-        schedule: str | Schedule | Tensor = "linear",
+        schedule: str | Schedule | Tensor | Sequence[float] = "linear",
         backbone: nn.Module | None = None,
         parameterization: str = "eps",
         reverse_variance: str | ReverseVariance = "beta",
