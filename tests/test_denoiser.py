@@ -86,7 +86,7 @@ def test_the_tables_are_not_part_of_the_state(denoiser):
 def test_autocast_does_not_reach_the_network(denoiser, device):
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    denoiser, z = denoiser.float(), torch.randn(4, 3, device=device)
+    denoiser, z = denoiser.float(), torch.randn(4, *denoiser.event_shape, device=device)
     expected = denoiser(z, 3).mean
     with torch.autocast(device.type, torch.bfloat16):
         assert torch.equal(denoiser(z, 3).mean, expected)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_choice
-from ..denoise import BetaTilde, Learned
+from ..denoise import Learned
 from ..priors import DiffusionPrior
 from ..vae import VAE
 from .affine import (
@@ -33,11 +33,12 @@ from .affine import (
     white_noise,
 )
 from .linear_gaussian import LinearDenoiser, LinearGaussian
+from .reverse import LinearReverse
 
 __all__ = ["Oracle"]
 
 
-class Oracle:
+class Oracle(LinearReverse):
     r"""Expectations under the guide of a linear-Gaussian VAE, in nats and one value per datum.
 
     They are those of the parameters at the time of the call, except for those of the encoder and
@@ -65,18 +66,12 @@ class Oracle:
     """
 
     x: Tensor  #: The data.
-    D: int  #: The number of latent dimensions.
-    T: int  #: The number of steps.
-    beta: Tensor  #: :math:`\beta_t` for :math:`t = 0, \dots, T`, as the schedule has them.
-    alpha_bar: Tensor  #: :math:`\bar\alpha_t = \prod_{s=1}^t (1 - \beta_s)`.
     z: list[Affine]  #: The variables :math:`z_0, \dots, z_T` of the guide, given :math:`x`.
 
     def __init__(self, vae: VAE, x: Tensor):
-        prior, encoder, self.decoder, self.net = linear_parts(vae)
-        self.x, self.prior, self.variance = x, prior, prior.denoiser.variance
-        self.D, self.T = prior.latent_dim, prior.num_timesteps
-        self.beta = beta = prior.schedule.betas
-        self.alpha_bar = torch.cumprod(1 - beta, 0)
+        prior, encoder, self.decoder, net = linear_parts(vae)
+        super().__init__(prior, net)
+        self.x, beta = x, self.beta
 
         # The guide, by forward recursion: D noises for each of its T + 1 variables.
         noise = white_noise([self.D] * (self.T + 1), like=x)
@@ -84,75 +79,6 @@ class Oracle:
         self.z = [scale @ noise[0] + (x @ encoder.weight[0].mT + encoder.bias[0])]
         for t in range(1, self.T + 1):
             self.z.append(self.z[t - 1] * (1 - beta[t]).sqrt() + noise[t] * beta[t].sqrt())
-
-    # The reverse kernel of the prior, from its definition.
-
-    def beta_tilde(self, t: int) -> Tensor:
-        r"""Returns the variance of :math:`z_{t-1}` given :math:`z_t` and :math:`z_0`.
-
-        Precisions add up: :math:`1 / \tilde\beta_t = (1 - \beta_t) / \beta_t + 1 / (1 -
-        \bar\alpha_{t-1})`. It is zero at :math:`t = 1`.
-
-        Arguments:
-            t: The timestep, from 1 to :math:`T`.
-        """
-        self._check_timestep(t)
-        return 1 / ((1 - self.beta[t]) / self.beta[t] + 1 / (1 - self.alpha_bar[t - 1]))
-
-    def fixed_variance(self, t: int) -> Tensor:
-        r"""Returns the reverse variance before any of it is learned.
-
-        Arguments:
-            t: The timestep, from 1 to :math:`T`.
-        """
-        self._check_timestep(t)
-        use_tilde = isinstance(self.variance, BetaTilde) and t > 1
-        return self.beta_tilde(t) if use_tilde else self.beta[t]
-
-    def sigma(self, t: int) -> Tensor:
-        r"""Returns the standard deviations :math:`\sigma_t` of :math:`p(z_{t-1} | z_t)`.
-
-        Arguments:
-            t: The timestep, from 1 to :math:`T`.
-
-        Returns:
-            The standard deviations, with shape :math:`(D,)`.
-        """
-        sigma = self.fixed_variance(t).sqrt().expand(self.D)
-        if isinstance(self.variance, Learned):
-            ratio = self.beta_tilde(max(t, 2)) / self.beta[max(t, 2)] if self.T > 1 else 0.5
-            sigma = sigma * ratio ** -torch.tanh(self.net.u[0, t] / 2)
-        return sigma
-
-    def gain(self, t: int) -> Tensor:
-        r"""Returns what a unit change of the prediction changes in the mean of :math:`z_{t-1}`.
-
-        Arguments:
-            t: The timestep, from 1 to :math:`T`.
-        """
-        self._check_timestep(t)
-        alpha_bar, previous = self.alpha_bar[t], self.alpha_bar[t - 1]
-        # Of z_0 at fixed z_t: the weight of sqrt(alpha_bar_{t-1}) z_0 is its share of precision.
-        of_z0 = previous.sqrt() * (self.beta_tilde(t) / (1 - previous) if t > 1 else 1.0)
-        return {
-            "z0": of_z0,
-            "eps": of_z0 * -((1 - alpha_bar) / alpha_bar).sqrt(),
-            "v": of_z0 * -(1 - alpha_bar).sqrt(),
-            "mu": torch.ones_like(of_z0),
-        }[self.prior.denoiser.parameterization]
-
-    def linear_reverse(self, t: int) -> tuple[Tensor, Tensor]:
-        r"""Returns the matrix and the vector of the reverse mean, :math:`\mu_\phi(z, t) = R z + r`.
-
-        Arguments:
-            t: The timestep, from 1 to :math:`T`.
-
-        Returns:
-            The matrix :math:`R`, with shape :math:`(D, D)`, and :math:`r`, with shape :math:`(D,)`.
-        """
-        net, gain = self.net, self.gain(t)
-        skip = (1 - self.fixed_variance(t)).sqrt() * torch.eye(self.D).to(gain)
-        return skip + gain * net.weight[0, t], gain * net.bias[0, t]
 
     def mu(self, t: int) -> Affine:
         r"""Returns the reverse mean :math:`\mu_\phi(z_t, t)` under the guide.
@@ -316,10 +242,6 @@ class Oracle:
         r"""The evidence :math:`\log p(x)`, with shape :math:`(B,)`."""
         x = self.model()[-1]
         return dist.MultivariateNormal(x.mean, covariance(x, x)).log_prob(self.x)
-
-    def _check_timestep(self, t: int) -> None:
-        if t not in range(1, self.T + 1):
-            raise ValueError(f"t must be a whole number from 1 to T = {self.T}, got {t}")
 
 
 def linear_parts(

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ..arguments import check_choice, check_whole, folder
 
 __all__ = [
+    "Checked",
     "add_options",
     "check",
     "check_use",
@@ -81,6 +82,13 @@ def choice(choices: Iterable[str], what: str | None = None) -> Check:
 
     check.choices = choices  # type: ignore[attr-defined]
     return check
+
+
+class Checked:
+    r"""A dataclass whose fields are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def check(config: Any) -> None:

@@ -1,15 +1,4 @@
-r"""Denoisers: the reverse kernel :math:`p_\phi(z_s | z_t)` between any two times.
-
-A denoiser is a backbone × a schedule × a parameterization × a variance × a preconditioning. The
-mean of the forward posterior is linear, :math:`\tilde\mu = a z_t + b z_0`, and the network's output
-determines an estimate of :math:`z_0`. So does it determine the reverse mean
-
-.. math:: \mu_\phi(z_t) = a z_t + b \hat z_0(z_t) = \sqrt{1 - \sigma^2} \, z_t + g \,
-    \mathrm{net}(z_t, \lambda_t),
-
-whose first part leaves :math:`\mathcal{N}(0, I)` unchanged. With a network that starts at zero, the
-prior starts exactly at :math:`p(z_0) = \mathcal{N}(0, I)`.
-"""
+r"""The denoiser, which is the reverse kernel between any two times."""
 
 from __future__ import annotations
 
@@ -20,150 +9,16 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .arguments import as_shape, check_choice, check_ends
-from .diffusion import normal
-from .nn.modes import eval_mode
-from .schedules import Schedule, Tables, Times, at_time, is_index
+from ..arguments import as_shape, check_choice, check_ends
+from ..diffusion import normal
+from ..nn.modes import eval_mode
+from ..schedules import Schedule, Tables, Times, at_time, is_index
+from .preconditioning import Preconditioning
+from .variances import Learned, ReverseVariance, make_reverse_variance
 
-__all__ = [
-    "PARAMETERIZATIONS",
-    "REVERSE_VARIANCES",
-    "Beta",
-    "BetaTilde",
-    "Denoiser",
-    "Kernel",
-    "Learned",
-    "Preconditioning",
-    "ReverseVariance",
-]
+__all__ = ["PARAMETERIZATIONS", "Denoiser"]
 
 PARAMETERIZATIONS = ("eps", "z0", "mu", "v")
-
-
-class ReverseVariance:
-    r"""The variance :math:`\sigma^2` of a reverse kernel."""
-
-    num_outputs = 1  #: The number of outputs of the backbone, its prediction included.
-
-    def __call__(self, beta: Tensor, beta_tilde: Tensor) -> Tensor:
-        r"""Returns the variances of steps, from those of the forward process and its posterior.
-
-        Arguments:
-            beta: :math:`\beta_{t|s}`, of any shape and in float64.
-            beta_tilde: :math:`\tilde\beta_{t|s}`, of the same shape, zero for :math:`s = 0`.
-        """
-        return beta
-
-
-class Beta(ReverseVariance):
-    r"""The variance :math:`\beta_{t|s}`, which is right for :math:`z_0 \sim \mathcal{N}(0, I)`."""
-
-
-class BetaTilde(ReverseVariance):
-    r"""The variance :math:`\tilde\beta_{t|s}` of the posterior, as in the paper, which is right for
-    a known :math:`z_0`. It is :math:`\beta_{t|s}` for :math:`s = 0`, where the former is no
-    density.
-    """
-
-    def __call__(self, beta: Tensor, beta_tilde: Tensor) -> Tensor:
-        return torch.where(beta_tilde > 0, beta_tilde, beta)
-
-
-class Learned(ReverseVariance):
-    r"""A variance per dimension, from a second output :math:`u` of the backbone.
-
-    .. math:: \log \sigma^2 = \log \beta_{t|s} + 2 \tanh(u / 2) \log
-        \frac{\beta_{t|s}}{\tilde\beta_{t|s}}
-
-    It starts at :math:`\beta_{t|s}` and stays within twice the width of the interval between
-    :math:`\log \tilde\beta` and :math:`\log \beta` around it: it can neither overflow nor vanish.
-    """
-
-    num_outputs = 2
-
-    @staticmethod
-    def log_range(beta: Tensor, beta_tilde: Tensor) -> Tensor:
-        r"""Returns the largest change of :math:`\log \sigma`, for the steps of a chain."""
-        ratio = beta_tilde / beta
-        # The posterior variance is zero for s = 0, where its ratio continues that of the next step.
-        after = ratio.roll(-1) if ratio.numel() > 1 else torch.full_like(ratio, 0.5)
-        ratio = torch.where(ratio > 0, ratio, after)
-        # The interval is no wider than e^5, so that gradients cannot overflow in float32. That of
-        # the usual schedules is not even as wide as e^2.
-        return -ratio.log().clamp(min=-5.0)
-
-
-REVERSE_VARIANCES: dict[str, type[ReverseVariance]] = {
-    "beta": Beta,
-    "beta_tilde": BetaTilde,
-    "learned": Learned,
-}
-
-
-def make_reverse_variance(variance: str | ReverseVariance) -> ReverseVariance:
-    r"""Returns the reverse variance of that name, or the given one."""
-    if isinstance(variance, ReverseVariance):
-        return variance
-    check_choice("reverse_variance", variance, REVERSE_VARIANCES)
-    return REVERSE_VARIANCES[variance]()
-
-
-class Preconditioning(nn.Module):
-    r"""The knowledge of the mean and the scale of the clean latents.
-
-    If they were :math:`z_0 \sim \mathcal{N}(m, \mathrm{diag}(s^2))`, then :math:`z_t` would have
-    the variance :math:`v_t = \bar\alpha_t s^2 + 1 - \bar\alpha_t`, and its noise would be
-
-    .. math:: E[\epsilon | z_t] = \sqrt{1 - \bar\alpha_t} \, v_t^{-1}
-        (z_t - \sqrt{\bar\alpha_t} \, m) .
-
-    The backbone :math:`F` sees standardized latents and is left with the departure from this,
-
-    .. math:: E[\epsilon | z_t] + \sqrt{\bar\alpha_t} \, s \, v_t^{-1/2} \, F(v_t^{-1/2} (z_t -
-        \sqrt{\bar\alpha_t} \, m), \lambda_t) .
-
-    The moments :math:`m, s` are learned, and start at 0 and 1: an encoder that is trained with the
-    prior moves them.
-
-    Arguments:
-        event_shape: The shape of a latent.
-
-    References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
-        | https://arxiv.org/abs/2206.00364
-    """
-
-    # The scale has to follow the encoder, at the learning rate of the networks.
-    gain = 10.0
-
-    def __init__(self, event_shape: Sequence[int]):
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(*event_shape))
-        self.log_scale = nn.Parameter(torch.zeros(*event_shape))  # divided by the gain
-
-    @property
-    def scale(self) -> Tensor:
-        r"""The scale :math:`s` of the clean latents, with the shape of one."""
-        return torch.exp(self.gain * self.log_scale)
-
-    def forward(
-        self, net: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, log_snr: Tensor
-    ) -> tuple[Tensor, ...]:
-        r"""Returns the outputs of a backbone, the first of them preconditioned.
-
-        Arguments:
-            net: The backbone as a function of the latents.
-            z: The latents :math:`z_t`.
-            log_snr: The log-SNR, which broadcasts with them.
-        """
-        alpha_bar, one_minus = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
-        root, scale = alpha_bar.sqrt(), self.scale
-        mean, variance = root * self.mean, alpha_bar * scale.square() + one_minus
-        std = variance.sqrt()
-        # 1 / v_t - 1 without cancellation, where v_t is close to one
-        anchor = alpha_bar * (1 - scale.square()) * z - mean
-        out, *others = net((z - mean) / std)
-        return (one_minus.sqrt() * anchor / variance + root * scale / std * out, *others)
 
 
 class Kernel(Tables):

@@ -1,118 +1,18 @@
-r"""Schedules: the log-signal-to-noise ratio of the forward diffusion, and a grid of times.
-
-Time :math:`t \in [0, 1]` runs from clean to noise, and all that the Gaussian algebra needs to know
-of it is the log-SNR, which decreases:
-
-.. math:: \lambda(t) = \log \frac{\bar\alpha(t)}{1 - \bar\alpha(t)}, \qquad \bar\alpha =
-    \mathrm{sigmoid}(\lambda), \qquad 1 - \bar\alpha = \mathrm{sigmoid}(-\lambda) .
-
-A chain of :math:`T` steps is a grid of times :math:`0 = \tau_0 < \dots < \tau_T = 1`. Everywhere,
-an *integer* is an index of the grid and a *floating-point* number is a time. Tables have :math:`T +
-1` entries, so that they are indexed by the :math:`t` of the equations: :math:`\beta_0 = 0`,
-:math:`\bar\alpha_0 = 1`, and
-
-.. math:: \alpha_t = 1 - \beta_t, \qquad \bar\alpha_t = \prod_{s=1}^{t} \alpha_s .
-
-References:
-    | Denoising Diffusion Probabilistic Models (Ho et al., 2020)
-    | https://arxiv.org/abs/2006.11239
-
-    | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021)
-    | https://arxiv.org/abs/2102.09672
-
-    | Variational Diffusion Models (Kingma et al., 2021)
-    | https://arxiv.org/abs/2107.00630
-"""
+r"""A schedule with given variances, on a grid of times and between them."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .arguments import check_choice, check_whole
+from ..arguments import check_whole
+from .tables import Tables, Times, at_time, is_index
 
-__all__ = [
-    "CosineSchedule",
-    "LinearSchedule",
-    "LogSNRSchedule",
-    "Schedule",
-    "Tables",
-    "Times",
-    "at_time",
-    "is_index",
-    "make_schedule",
-]
-
-#: Index(es) of a grid, or time(s) in [0, 1].
-Times = int | float | Tensor
-
-
-def is_index(t: Times) -> TypeGuard[int | Tensor]:
-    r"""Returns whether times are indices of a grid, which whole numbers are."""
-    return not t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, int)
-
-
-def at_time(table: Tensor, t: int | Tensor, event_dim: int = 1) -> Tensor:
-    r"""Returns the entries of a table, ready to multiply latents.
-
-    Arguments:
-        table: A table, with shape :math:`(T + 1,)`.
-        t: The timestep(s), an integer or an integer tensor with shape :math:`(*)`.
-        event_dim: The number of dimensions of a latent.
-
-    Returns:
-        The entries, with shape :math:`(*, 1, \dots, 1)`.
-
-    Raises:
-        ValueError: If an integer is not in the table. The entries of a tensor are not looked at
-            on a GPU, which would have to be waited for.
-    """
-    if isinstance(t, int) and not 0 <= t < len(table):
-        raise ValueError(f"t must be from 0 to T = {len(table) - 1}, got {t}")
-    return table[t][(...,) + (None,) * event_dim]
-
-
-class Tables(nn.Module):
-    r"""Named tables that are computed in float64.
-
-    They are buffers and follow ``.to(device)``. Whenever the module changes its dtype, they are
-    rounded afresh from float64: a model cast to float64 must not keep the rounding of float32, and
-    one cast to half precision keeps its tables in float32. They are not part of the state, as the
-    configuration of a model determines them.
-
-    Arguments:
-        tables: The tables, in float64 and on the CPU.
-    """
-
-    def __init__(self, tables: dict[str, Tensor] | None = None):
-        super().__init__()
-        self._originals: dict[str, Tensor] = {}
-        if tables is not None:
-            self.tabulate(tables)
-
-    def tabulate(self, tables: dict[str, Tensor]) -> None:
-        r"""Replaces the tables."""
-        self._originals = dict(tables)
-        for name, table in tables.items():
-            self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Tables:
-        super()._apply(fn, recurse)
-        for name, table in self._originals.items():
-            cast = getattr(self, name)
-            dtype = torch.promote_types(cast.dtype, torch.float32)
-            setattr(self, name, table.to(cast.device, dtype))
-        return self
-
-    def original(self, name: str) -> Tensor:
-        r"""Returns a table in float64, on the CPU."""
-        return self._originals[name]
+__all__ = ["Schedule"]
 
 
 class Schedule(Tables):
@@ -236,6 +136,7 @@ class Schedule(Tables):
             ValueError: If it is neither.
 
         Example:
+            >>> from pyro_vaediff.schedules import LinearSchedule
             >>> LinearSchedule(1000).with_steps(25).alphas_cumprod[-1]
             tensor(4.0358e-05)
         """
@@ -345,110 +246,3 @@ def check_betas(betas: Any) -> Tensor:
     if betas.min() < 1e-15:
         raise ValueError(f"betas must be at least 1e-15, got {betas.min():g}: use fewer steps")
     return betas
-
-
-class LinearSchedule(Schedule):
-    r"""The linear schedule of Ho et al. and of the paper, from 1e-4 to 0.02 over 1000 steps.
-
-    For :math:`T \neq 1000`, the chain observes the same noising path at :math:`T` equidistant
-    times. Hence :math:`\bar\alpha_T \approx 4 \times 10^{-5}` for every :math:`T`, which
-    multiplying the variances by :math:`1000 / T` would only achieve for large :math:`T`.
-
-    Arguments:
-        num_timesteps: The number of steps :math:`T`.
-        beta_min: The first of the thousand variances.
-        beta_max: The last of the thousand variances.
-
-    Example:
-        >>> schedule = LinearSchedule(1000)
-        >>> schedule.betas[[1, 1000]]
-        tensor([1.0000e-04, 2.0000e-02])
-        >>> LinearSchedule(10).alphas_cumprod[10] / schedule.alphas_cumprod[1000]
-        tensor(1.)
-    """
-
-    def __init__(self, num_timesteps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02):
-        check_whole("num_timesteps", num_timesteps)
-        if not 0 < beta_min <= beta_max < 1:
-            raise ValueError(f"expected 0 < beta_min <= beta_max < 1, got {beta_min}, {beta_max}")
-        super().__init__(torch.linspace(beta_min, beta_max, 1000, dtype=torch.float64))
-        if num_timesteps != 1000:
-            self.discretize(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))
-
-
-class CosineSchedule(Schedule):
-    r"""The cosine schedule of Nichol & Dhariwal.
-
-    .. math:: \bar\alpha_t = \frac{f(t)}{f(0)}, \qquad
-        f(t) = \cos^2\left(\frac{t / T + s}{1 + s} \frac{\pi}{2}\right)
-
-    Arguments:
-        num_timesteps: The number of steps :math:`T`.
-        offset: The offset :math:`s`, which keeps the first variances away from zero.
-        beta_max: The largest variance; larger ones are clipped, as the last one would be 1.
-
-    Example:
-        >>> CosineSchedule(4).alphas_cumprod
-        tensor([1.0000e+00, 8.4701e-01, 4.9384e-01, 1.4427e-01, 1.4427e-04])
-    """
-
-    def __init__(self, num_timesteps: int = 1000, offset: float = 0.008, beta_max: float = 0.999):
-        check_whole("num_timesteps", num_timesteps)
-        times = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
-        f = torch.cos((times + offset) / (1 + offset) * math.pi / 2) ** 2
-        super().__init__((1 - f[1:] / f[:-1]).clamp(max=beta_max))
-
-
-class LogSNRSchedule(Schedule):
-    r"""A schedule from a function: the log-SNR :math:`\lambda(t)` itself.
-
-    Arguments:
-        log_snr: A decreasing function of times in :math:`[0, 1]`, from tensors to tensors.
-        num_timesteps: The number of steps :math:`T`.
-
-    Example:
-        >>> schedule = LogSNRSchedule(lambda t: 10 - 20 * t, num_timesteps=4)
-        >>> schedule.log_snr
-        tensor([ inf,   5.,   0.,  -5., -10.])
-    """
-
-    def __init__(self, log_snr: Callable[[Tensor], Tensor], num_timesteps: int = 1000):
-        Tables.__init__(self)
-        check_whole("num_timesteps", num_timesteps)
-        self.function = log_snr
-        self.discretize(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))
-        if not (self.original("log_snr").diff() < 0).all():
-            raise ValueError("log_snr must decrease from t = 0 to t = 1")
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.function(t)
-
-    def log_alpha(self, t: Tensor, s: Tensor) -> Tensor:
-        # The function knows no slopes.
-        log_t, log_s = (F.logsigmoid(self.log_snr_at(u)) for u in (t, s))
-        return log_t - log_s
-
-
-SCHEDULES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "cosine": CosineSchedule}
-
-
-def make_schedule(
-    schedule: str | Schedule | Tensor | Sequence[float], num_timesteps: int
-) -> Schedule:
-    r"""Returns the schedule of that name, or the given one if it has the right length.
-
-    Arguments:
-        schedule: ``"linear"``, ``"cosine"``, a :class:`Schedule`, or its variances :math:`\beta_t`.
-        num_timesteps: The number of steps :math:`T`.
-    """
-    check_whole("num_timesteps", num_timesteps)
-    if not isinstance(schedule, str | Schedule):
-        schedule = Schedule(schedule)
-    if isinstance(schedule, Schedule):
-        if schedule.num_timesteps != num_timesteps:
-            raise ValueError(
-                f"num_timesteps is {num_timesteps}, but the schedule has {schedule.num_timesteps}"
-            )
-        return schedule
-    check_choice("schedule", schedule, SCHEDULES)
-    return SCHEDULES[schedule](num_timesteps)

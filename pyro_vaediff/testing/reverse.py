@@ -1,0 +1,105 @@
+r"""The reverse kernel of a prior whose denoiser is affine, from its definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..denoise import BetaTilde, Learned
+from ..priors import DiffusionPrior
+from .linear_gaussian import LinearDenoiser
+
+__all__ = ["LinearReverse"]
+
+
+class LinearReverse:
+    r"""The kernel :math:`p(z_{t-1} | z_t) = \mathcal{N}(R_t z_t + r_t, \mathrm{diag}(\sigma_t^2))`.
+
+    Only the parameters of the prior are read, not its algebra.
+
+    Arguments:
+        prior: The prior.
+        net: The network of its denoiser.
+    """
+
+    D: int  #: The number of latent dimensions.
+    T: int  #: The number of steps.
+    beta: Tensor  #: :math:`\beta_t` for :math:`t = 0, \dots, T`, as the schedule has them.
+    alpha_bar: Tensor  #: :math:`\bar\alpha_t = \prod_{s=1}^t (1 - \beta_s)`.
+
+    def __init__(self, prior: DiffusionPrior, net: LinearDenoiser):
+        self.prior, self.net, self.variance = prior, net, prior.denoiser.variance
+        self.D, self.T = prior.latent_dim, prior.num_timesteps
+        self.beta = prior.schedule.betas
+        self.alpha_bar = torch.cumprod(1 - self.beta, 0)
+
+    def beta_tilde(self, t: int) -> Tensor:
+        r"""Returns the variance of :math:`z_{t-1}` given :math:`z_t` and :math:`z_0`.
+
+        Precisions add up: :math:`1 / \tilde\beta_t = (1 - \beta_t) / \beta_t + 1 / (1 -
+        \bar\alpha_{t-1})`. It is zero at :math:`t = 1`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        self._check_timestep(t)
+        return 1 / ((1 - self.beta[t]) / self.beta[t] + 1 / (1 - self.alpha_bar[t - 1]))
+
+    def fixed_variance(self, t: int) -> Tensor:
+        r"""Returns the reverse variance before any of it is learned.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        self._check_timestep(t)
+        use_tilde = isinstance(self.variance, BetaTilde) and t > 1
+        return self.beta_tilde(t) if use_tilde else self.beta[t]
+
+    def sigma(self, t: int) -> Tensor:
+        r"""Returns the standard deviations :math:`\sigma_t` of :math:`p(z_{t-1} | z_t)`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+
+        Returns:
+            The standard deviations, with shape :math:`(D,)`.
+        """
+        sigma = self.fixed_variance(t).sqrt().expand(self.D)
+        if isinstance(self.variance, Learned):
+            ratio = self.beta_tilde(max(t, 2)) / self.beta[max(t, 2)] if self.T > 1 else 0.5
+            sigma = sigma * ratio ** -torch.tanh(self.net.u[0, t] / 2)
+        return sigma
+
+    def gain(self, t: int) -> Tensor:
+        r"""Returns what a unit change of the prediction changes in the mean of :math:`z_{t-1}`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        self._check_timestep(t)
+        alpha_bar, previous = self.alpha_bar[t], self.alpha_bar[t - 1]
+        # Of z_0 at fixed z_t: the weight of sqrt(alpha_bar_{t-1}) z_0 is its share of precision.
+        of_z0 = previous.sqrt() * (self.beta_tilde(t) / (1 - previous) if t > 1 else 1.0)
+        return {
+            "z0": of_z0,
+            "eps": of_z0 * -((1 - alpha_bar) / alpha_bar).sqrt(),
+            "v": of_z0 * -(1 - alpha_bar).sqrt(),
+            "mu": torch.ones_like(of_z0),
+        }[self.prior.denoiser.parameterization]
+
+    def linear_reverse(self, t: int) -> tuple[Tensor, Tensor]:
+        r"""Returns the matrix and the vector of the reverse mean, :math:`\mu_\phi(z, t) = R z + r`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+
+        Returns:
+            The matrix :math:`R`, with shape :math:`(D, D)`, and :math:`r`, with shape :math:`(D,)`.
+        """
+        net, gain = self.net, self.gain(t)
+        skip = (1 - self.fixed_variance(t)).sqrt() * torch.eye(self.D).to(gain)
+        return skip + gain * net.weight[0, t], gain * net.bias[0, t]
+
+    def _check_timestep(self, t: int) -> None:
+        if t not in range(1, self.T + 1):
+            raise ValueError(f"t must be a whole number from 1 to T = {self.T}, got {t}")

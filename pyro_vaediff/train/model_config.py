@@ -1,0 +1,132 @@
+r"""The configuration of a model, which its checkpoints carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..arguments import as_shape
+from ..denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
+from ..likelihoods import LIKELIHOODS
+from ..nn import BACKBONES, FLOWS, check_latent_groups, check_latent_shape
+from ..priors import PRIORS
+from ..schedules import SCHEDULES
+from .options import Checked, choice, option, whole
+
+__all__ = ["DENOISERS", "ModelConfig", "parse_shape"]
+
+#: The denoisers that a configuration knows, which are the backbones and a preconditioned one.
+DENOISERS = (*BACKBONES, "preconditioned")
+Users = dict[str, tuple[str, ...]]
+DIFFUSION: Users = {"prior": ("diffusion",)}  # who has a use for an option
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    r"""What determines the architecture of a VAE; a checkpoint carries it.
+
+    Beside the options, it has the shape :math:`(C, H, W)` and the number of ``levels`` of the
+    images, and the number of classes of the labels that it is given, 0 for none.
+    """
+
+    prior: str = option("diffusion", "the prior", choice(PRIORS))
+    latent_dim: int = option(16, "latent dimensions D", whole())
+    latent_shape: tuple[int, ...] = option(
+        (), "shape C h w of the latents, in place of D", metavar="N"
+    )
+    latent_groups: tuple[str, ...] = option(
+        (), "a hierarchy: the shapes D or CxHxW of its groups, the top one first", metavar="SHAPE"
+    )
+    group_priors: str = option(
+        "top", "which groups have the prior, the others being Gaussian", choice(("top", "every"))
+    )
+    image_shape: Sequence[int] = (1, 8, 8)
+    levels: int = 256
+    likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
+    networks: str = option(
+        "default",
+        "encoder and decoder; default is resnet for latents that are images",
+        choice(("default", "paper", "resnet")),
+    )
+    width: int = option(32, "channels of the first convolution", whole())
+    num_blocks: int = option(1, "residual blocks per resolution of a resnet", whole())
+    num_components: int = option(
+        500,
+        "components of a mixture, pseudo-inputs of a VampPrior",
+        whole(),
+        of={"prior": ("mixture", "vamp")},
+    )
+    flow: str = option(
+        "autoregressive",
+        "kind of flow; coupling is for latents that are images",
+        choice(FLOWS),
+        of={"prior": ("flow",)},
+    )
+    prior_width: int | None = option(
+        None,
+        "hidden width of a flow or a denoiser (its own default)",
+        whole(),
+        of={"prior": ("flow", "diffusion")},
+    )
+    denoiser: str | None = option(
+        None,
+        "network of the prior (conv for latents that are images, else residual)",
+        choice(DENOISERS),
+        of=DIFFUSION,
+    )
+    num_timesteps: int = option(1000, "T", whole(), of=DIFFUSION)
+    schedule: str = option("linear", "variances", choice(SCHEDULES), of=DIFFUSION)
+    beta_min: float = option(1e-4, "first of the linear schedule", of=DIFFUSION)
+    beta_max: float = option(0.02, "last of the linear schedule", of=DIFFUSION)
+    parameterization: str = option(
+        "eps", "what the network predicts", choice(PARAMETERIZATIONS), of=DIFFUSION
+    )
+    reverse_variance: str = option(
+        "beta", "variance of a reverse step", choice(REVERSE_VARIANCES), of=DIFFUSION
+    )
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.image_shape) != 3:
+            raise ValueError(f"image_shape must be (C, H, W), got {tuple(self.image_shape)}")
+        as_shape("image_shape", tuple(self.image_shape))
+        if self.latent_shape and self.latent_groups:
+            raise ValueError("latent_shape is that of one group: leave it out with latent_groups")
+        if self.networks == "paper" and (self.latent_shape or self.latent_groups):
+            raise ValueError("networks='paper' have a vector of latents: give latent_dim")
+        if self.group_priors == "every" and self.prior != "diffusion":
+            raise ValueError(
+                f"group_priors='every' needs a prior with images as context, 'diffusion', got "
+                f"{self.prior!r}"
+            )
+        if self.latent_groups and self.prior == "vamp":
+            raise ValueError("prior='vamp' has no hierarchy: its encoder would need one of its own")
+        _ = self.event_shape, self.groups  # which are checked as they are read
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        r"""The shape of the latents, or of those of the first group."""
+        if self.latent_groups:
+            return self.groups[0]
+        return as_shape("latent_shape", tuple(self.latent_shape) or self.latent_dim)
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        r"""The shapes of the groups of a hierarchy; empty if there is none."""
+        return [parse_shape(text) for text in self.latent_groups]
+
+    def check_sizes(self) -> None:
+        r"""Raises a ``ValueError`` unless the networks have such latents of images of that size."""
+        if self.latent_groups:
+            check_latent_groups(self.groups, self.image_shape)
+        elif self.latent_shape:
+            check_latent_shape(self.event_shape, self.image_shape)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    r"""Returns the shape that a text such as ``"4x8x8"`` or ``"16"`` means."""
+    parts = text.split("x")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"a shape must be D or CxHxW, such as 16 or 4x8x8, got {text!r}")
+    return as_shape("latent_groups", tuple(map(int, parts)))
