@@ -80,7 +80,7 @@ def choice(choices: Iterable[str], what: str | None = None) -> Check:
     def check(name: str, value: Any) -> None:
         check_choice(what or name, value, choices)
 
-    check.choices = choices  # type: ignore[attr-defined]
+    check.choices = choices  # type: ignore[attr-defined]  # functions have any attribute
     return check
 
 
@@ -156,5 +156,6 @@ def parse_type(hint: Any) -> tuple[type, bool]:
 
 def pick(config: type[T], values: Mapping[str, Any]) -> T:
     r"""Returns a dataclass whose fields are those of a mapping, as far as it has them."""
-    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]  # T is that of a dataclass
+    names = [field.name for field in fields]
     return config(**{name: values[name] for name in names if name in values})
