@@ -121,6 +121,20 @@ def gaussian_prior(num_timesteps, reverse_variance="beta"):
     return prior.to(torch.float64)
 
 
+def test_preconditioning_is_its_equation():
+    moments = gaussian_prior(10).denoiser.preconditioning
+    m, s = torch.tensor(MEAN).double(), torch.tensor(SCALE).double()
+    z, log_snr = torch.randn(3, 2).double(), torch.tensor([[-4.0], [0.0], [3.0]]).double()
+    out, other = moments(lambda u: (u.sin(), u.cos()), z, log_snr)
+    alpha_bar = log_snr.sigmoid()
+    v = alpha_bar * s**2 + 1 - alpha_bar
+    u = (z - alpha_bar.sqrt() * m) / v.sqrt()
+    noise = ((1 - alpha_bar) / v).sqrt() * u + (alpha_bar / v).sqrt() * s * u.sin()
+    # The part that is linear in z_t is the denoiser's own.
+    torch.testing.assert_close(out + (1 - alpha_bar).sqrt() * z, noise, atol=1e-6, rtol=0)
+    torch.testing.assert_close(other, u.cos(), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("num_timesteps", [10, 50])
 @pytest.mark.parametrize("reverse_variance", REVERSE_VARIANCES)
 def test_preconditioning_denoises_gaussian_latents_exactly(reverse_variance, num_timesteps):
