@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from errors import one_line_value_error
 from torch import nn
 
 from pyro_vaediff.denoise import REVERSE_VARIANCES, Denoiser, Learned
@@ -71,6 +72,16 @@ def test_the_backbone_is_told_the_log_snr(schedule):
 def test_one_timestep_has_an_embedding():
     prior = DiffusionPrior(2, 1, Schedule(torch.tensor([0.5])))
     assert prior.reverse(torch.zeros(3, 2), 1).mean.isfinite().all()
+
+
+def test_a_step_before_any_time():
+    backbone = make_backbone("residual", 3, LinearSchedule(10), width=4)
+    denoiser = Denoiser(backbone, LinearSchedule(10), (3,))
+    times = torch.tensor([0.04, 0.1, 0.35, 0.4, 1.0]).double()
+    expected = torch.tensor([0.0, 0.0, 0.25, 0.3, 0.9]).double()
+    torch.testing.assert_close(denoiser.before(times), expected, atol=1e-7, rtol=0)
+    with one_line_value_error("^t must be from 1 to T = 10, got 0$"):
+        denoiser(torch.zeros(3), 0)
 
 
 def test_the_tables_are_not_part_of_the_state(denoiser):
