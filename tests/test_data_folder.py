@@ -11,6 +11,7 @@ from image_files import noise, numbers, resized, sizes, splits, write_folder
 from PIL import Image
 
 from pyro_vaediff.data import load
+from pyro_vaediff.data.splits import warn_of_copies
 
 # Most tests load copies of one image.
 pytestmark = pytest.mark.filterwarnings("ignore:.* are exact copies:UserWarning")
@@ -121,6 +122,21 @@ def test_copies_across_splits_are_counted(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sizes(load("folder", tmp_path)) == (20, 5, 5)
+
+
+@pytest.mark.parametrize(
+    "one, other", [("test", "train"), ("test", "validation"), ("validation", "train")]
+)
+def test_copies_between_any_two_splits_are_counted(one, other):
+    names = ("train", "validation", "test")
+    images = {
+        name: torch.full((3, 1, 8, 8), 10 * i).add(torch.arange(3).reshape(3, 1, 1, 1)).byte()
+        for i, name in enumerate(names)
+    }
+    warn_of_copies("mine", **images)
+    images[one][2] = images[other][0]
+    with pytest.warns(UserWarning, match=f"1 of 3 {one} images are exact copies of {other} images"):
+        warn_of_copies("mine", **images)
 
 
 def test_folder_limit_mixes_classes(tmp_path):

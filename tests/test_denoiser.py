@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from errors import one_line_value_error
 from torch import nn
 
 from pyro_vaediff.denoise import REVERSE_VARIANCES, Denoiser, Learned
@@ -78,6 +79,16 @@ def test_one_timestep_has_an_embedding():
     assert prior.reverse(torch.zeros(3, 2), 1).mean.isfinite().all()
 
 
+def test_a_step_before_any_time():
+    backbone = make_backbone("residual", 3, LinearSchedule(10), width=4)
+    denoiser = Denoiser(backbone, LinearSchedule(10), (3,))
+    times = torch.tensor([0.04, 0.1, 0.35, 0.4, 1.0]).double()
+    expected = torch.tensor([0.0, 0.0, 0.25, 0.3, 0.9]).double()
+    torch.testing.assert_close(denoiser.before(times), expected, atol=1e-7, rtol=0)
+    with one_line_value_error("^t must be from 1 to T = 10, got 0$"):
+        denoiser(torch.zeros(3), 0)
+
+
 def test_the_tables_are_not_part_of_the_state(denoiser):
     names = {name for name, _ in denoiser.named_parameters()}
     assert denoiser.state_dict().keys() == names
@@ -124,6 +135,20 @@ def gaussian_prior(num_timesteps, reverse_variance="beta"):
         moments.mean.copy_(torch.tensor(MEAN))
         moments.log_scale.copy_(torch.tensor(SCALE).log() / moments.gain)
     return prior.to(torch.float64)
+
+
+def test_preconditioning_is_its_equation():
+    moments = gaussian_prior(10).denoiser.preconditioning
+    m, s = torch.tensor(MEAN).double(), torch.tensor(SCALE).double()
+    z, log_snr = torch.randn(3, 2).double(), torch.tensor([[-4.0], [0.0], [3.0]]).double()
+    out, other = moments(lambda u: (u.sin(), u.cos()), z, log_snr)
+    alpha_bar = log_snr.sigmoid()
+    v = alpha_bar * s**2 + 1 - alpha_bar
+    u = (z - alpha_bar.sqrt() * m) / v.sqrt()
+    noise = ((1 - alpha_bar) / v).sqrt() * u + (alpha_bar / v).sqrt() * s * u.sin()
+    # The part that is linear in z_t is the denoiser's own.
+    torch.testing.assert_close(out + (1 - alpha_bar).sqrt() * z, noise, atol=1e-6, rtol=0)
+    torch.testing.assert_close(other, u.cos(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_timesteps", [10, 50])

@@ -2,6 +2,7 @@ r"""One kernel for any event shape, any number of priors, any times and contexts
 
 from __future__ import annotations
 
+import gc
 import math
 
 import numpy as np
@@ -213,6 +214,8 @@ def test_indices_and_the_times_of_the_grid_agree():
     exact(schedule.beta(t), schedule.beta(t, t - 1))
     exact(schedule.beta(t), schedule.beta(t.double() / 10, (t - 1).double() / 10))
     exact(schedule.position(schedule.log_snr[1:]), torch.arange(1, 11).double(), atol=1e-8)
+    outside = torch.tensor([100.0, -100.0]).double()
+    exact(schedule.position(outside), torch.tensor([1.0, 10.0]).double())
 
 
 @pytest.mark.parametrize("preconditioning", [False, True])
@@ -423,6 +426,7 @@ def test_betas_are_a_schedule(kind):
 def test_half_precision_keeps_the_tables(dtype):
     prior = DiffusionPrior(4, 1000, backbone=ResidualMLP(4, width=4)).to(dtype)
     q = dist.Normal(torch.zeros(16, 4), 1.0).to_event(1)
+    assert prior.denoiser.network(q.mean, 3)[0].dtype == torch.float32  # that of the latents
 
     def program(run):
         with pyro.plate("data", 16):
@@ -536,6 +540,13 @@ def test_the_store_does_not_grow_with_models_that_are_gone(x):
         take_steps(small_vae(x.device), x, 1)
         sizes.append(len(pyro.get_param_store()))
     assert len(set(sizes)) == 1
+
+
+def test_models_that_are_gone_leave_nothing_in_the_store(x):
+    take_steps(small_vae(x.device), x, 1)
+    gc.collect()
+    register("other", nn.Linear(2, 2))
+    assert {name.partition("$$$")[0] for name in pyro.get_param_store()} == {"other"}
 
 
 def test_the_parameters_of_an_elbo_module_are_complete(x):

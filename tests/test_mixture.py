@@ -128,6 +128,12 @@ def test_pseudo_inputs_stay_in_their_support_but_keep_their_gradient(device):
     assert (confined.grad != 0).all()
 
 
+def test_pseudo_inputs_start_anywhere_in_their_support():
+    u = VampPrior(None, 2, (50,), 40, support=(2.0, 4.0)).pseudo_inputs
+    # The ends of 2000 uniform numbers are within 2 * 20 / 2000 of those of the interval.
+    assert 2.0 <= u.min() < 2.02 and 3.98 < u.max() <= 4.0
+
+
 @pytest.mark.parametrize("name", ["mixture", "vamp"])
 def test_the_loss_is_the_monte_carlo_average_of_exact_densities(device, x, name):
     vae = make_vae(name).to(device, torch.float64)
