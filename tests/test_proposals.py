@@ -101,6 +101,14 @@ def test_weights_are_the_inverse_probabilities(device, proposal, T, k):
         torch.testing.assert_close(trace.nodes["z_s"]["scale"], 1 / (k * probs[t - 2]))
 
 
+@pytest.mark.parametrize("low_discrepancy", [False, True])
+def test_timesteps_are_spread_evenly_iff_the_estimator_says_so(device, low_discrepancy):
+    vae, x = linear_gaussian_vae(5).to(device), torch.randn(7, 3).double().to(device)
+    elbo = Timestep_ELBO(low_discrepancy=low_discrepancy)
+    trace = poutine.trace(elbo.collapse(vae.guide)).get_trace(x)
+    assert trace.nodes["t"]["fn"].low_discrepancy is low_discrepancy
+
+
 # --- Probabilities --------------------------------------------------------------------------------
 
 

@@ -727,6 +727,13 @@ def test_a_vamp_prior_starts_from_training_images(make_trainer, data):
     model = {"prior": "vamp", "num_components": 5, "likelihood": "discretized-logistic"}
     vae = make_trainer(1, out=None, model=model).vae
     assert torch.equal(vae.prior.pseudo_inputs, preprocess(vae, data.train[:5]))
+    # The noise of other spaces is that of the seed.
+    starts = [
+        make_trainer(1, out=None, seed=seed, model={"prior": "vamp", "num_components": 5})
+        for seed in (0, 0, 1)
+    ]
+    first, again, other = (trainer.vae.prior.pseudo_inputs for trainer in starts)
+    assert torch.equal(first, again) and not torch.equal(first, other)
     # But not if it is that of another run, which was trained.
     first = make_trainer(1, out="first", model=model)
     best = first.fit(progress=False)

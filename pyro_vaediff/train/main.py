@@ -39,7 +39,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import pyro
 import torch
 
@@ -203,7 +202,6 @@ def load_images(config: DataConfig, model: ModelConfig) -> ImageData:
 def main(argv: list[str] | None = None) -> None:
     r"""Trains, evaluates and shows a VAE, as the options of a command line say."""
     config = Config.of(parse_args(argv))
-    matplotlib.use("Agg")  # whatever a notebook has set
     if config.run.deterministic:
         make_deterministic()
     with distributed.process_group(choose_device(config.run.device)) as device:
