@@ -1,28 +1,17 @@
-r"""What the studies share: statistics over seeds, tables in Markdown, settings, a training loop."""
+r"""What the studies share: statistics over seeds, tables in Markdown, settings."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyro
-import torch
-from pyro import poutine
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import CosineAnnealingLR
-
-from pyro_vaediff.data import ImageData, batches
-from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.files import read_json, write_json
-from pyro_vaediff.infer import Estimator
-from pyro_vaediff.vae import VAE
 
-__all__ = ["Statistic", "check_settings", "number", "statistic", "table", "training_steps"]
+__all__ = ["Statistic", "check_settings", "number", "statistic", "table"]
 
 
 @dataclass(frozen=True)
@@ -115,60 +104,3 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
             f"{path.parent} was run with other settings, now there is {', '.join(differences)}: "
             "choose another --out"
         )
-
-
-def training_steps(
-    vae: VAE,
-    elbo: Estimator,
-    data: ImageData,
-    total: int,
-    *,
-    batch_size: int,
-    lr: float,
-    clip_norm: float,
-    seed: int,
-    seen: VAE | None = None,
-) -> Iterator[int]:
-    r"""Trains a VAE with Adam, whose learning rate falls to zero along a cosine.
-
-    Arguments:
-        vae: The VAE.
-        elbo: The estimator.
-        data: The images, in an order that the seed determines.
-        total: The number of steps.
-        batch_size: The number of images per step, at most all of them.
-        lr: The learning rate at the start.
-        clip_norm: The largest global norm of the gradient in nats per datum.
-        seed: The seed of the order.
-        seen: The programs that the estimator sees, if they are not those of the VAE.
-
-    Yields:
-        The numbers 0 to ``total`` of the steps that have been taken.
-    """
-    parameters, seen = list(vae.train().parameters()), seen or vae
-    device, order = parameters[0].device, torch.Generator().manual_seed(seed)
-    adam = torch.optim.Adam(parameters, lr=lr)
-    schedule = CosineAnnealingLR(adam, total)
-    loader: Iterator[Tensor] = iter(())
-    for step in range(total):
-        yield step
-        if (batch := next(loader, None)) is None:
-            loader = batches(
-                data.train,
-                min(batch_size, len(data.train)),
-                shuffle=True,
-                generator=order,
-                device=device,
-                drop_last=True,
-                flip=data.horizontal_flip,
-            )
-            batch = next(loader)
-        x = preprocess(vae, batch)
-        with pyro.get_param_store().scope():
-            model, guide = (poutine.scale(p, scale=1 / len(x)) for p in (seen.model, seen.guide))
-            elbo.loss_and_grads(model, guide, x)
-        clip_grad_norm_(parameters, clip_norm)
-        adam.step()
-        adam.zero_grad()
-        schedule.step()
-    yield total

@@ -45,7 +45,7 @@ import pyro
 import torch
 from common import exit_on_error, parse_device, provenance
 from estimators import ENTRIES, SERIOUS, plot_training
-from study import check_settings, statistic, table, training_steps
+from study import check_settings, statistic, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,7 +56,7 @@ from pyro_vaediff.evaluate import evaluate, preprocess, value_elbo
 from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.sampling.samplers import check_diffusion
-from pyro_vaediff.train import ModelConfig, load_data, load_vae, make_vae
+from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer, load_data, load_vae, make_vae
 from pyro_vaediff.vae import VAE
 
 Curve = list[dict[str, float]]
@@ -75,6 +75,16 @@ def measure_times(
     return {entry.name: time for entry, time in zip(entries, times, strict=True)}
 
 
+class InOneOrder(Trainer):
+    r"""A training run whose order of images is that of its seed, whatever its estimator draws."""
+
+    order: torch.Generator | None = None
+
+    def seed_epoch(self) -> torch.Generator:
+        self.order = self.order or torch.Generator().manual_seed(self.config.seed)
+        return self.order
+
+
 def train(
     entry: Entry,
     vae: VAE,
@@ -88,20 +98,25 @@ def train(
     check_diffusion(vae.prior).order, test = entry.order, data.test[: args.num_test]
     due = {round(total * i / args.points) for i in range(args.points + 1)}
     curve = []
-    for step in training_steps(
-        vae,
-        entry.make(),
-        data,
-        total,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        clip_norm=args.clip_norm,
-        seed=seed,
-    ):
+
+    def measure(step: int) -> None:
         if step in due:
             terms = evaluate(vae, test, value_elbo(), batch_size=args.batch_size)
             seconds = step * milliseconds / 1e3
             curve.append({"seconds": seconds, "steps": step, "loss": sum(terms.values())})
+
+    config = TrainConfig(
+        epochs=total,
+        max_steps=total,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        lr_schedule="cosine",
+        clip_norm=args.clip_norm,
+        seed=seed,
+        validate_every=total,  # nothing is selected
+    )
+    measure(0)
+    InOneOrder(vae, data, entry.make(), config, args.device, on_step=measure).fit(progress=False)
     return curve
 
 

@@ -105,6 +105,16 @@ def test_a_trained_model_can_be_saved_whole(tmp_path):
     assert torch.equal(again.encoder(X).mean, best.encoder(X).mean)
 
 
+def test_a_callback_of_steps(tmp_path):
+    for epochs, expected in ((1, range(1, 5)), (3, range(5, 13))):
+        steps = []
+        run = trainer(tmp_path, options={"epochs": epochs}, on_step=steps.append)
+        if epochs > 1:
+            run.resume()
+        run.fit(progress=False)
+        assert steps == list(expected)
+
+
 def test_any_optimizer_of_torch():
     run = trainer(make_optimizer=torch.optim.RAdam, options={"prior_lr": 1e-3, "epochs": 9})
     assert isinstance(run.optim.optimizer, torch.optim.RAdam)

@@ -21,7 +21,7 @@ from pyro_vaediff.bench import Entry
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluate import evaluate
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.train import ModelConfig, load_vae, make_vae
+from pyro_vaediff.train import ModelConfig, load_vae, loop, make_vae
 
 SCRIPT = EXPERIMENTS / "train_estimators.py"
 NAMES = ("uniform k=1 | z_0", "importance LD k=8 | z_0, antithetic")
@@ -221,19 +221,18 @@ def test_estimators_see_the_same_images_in_their_order(
     script, device_name, tmp_path, monkeypatch, capsys
 ):
     seen, orders = [], []
-    study = importlib.import_module("study")
-    preprocess = study.preprocess
+    preprocess = loop.preprocess
 
     class Spy(Trace_ELBO):
-        def loss_and_grads(self, model, guide, *args, **kwargs):
+        def differentiable_loss(self, model, guide, *args, **kwargs):
             orders.append(model)
-            return super().loss_and_grads(model, guide, *args, **kwargs)
+            return super().differentiable_loss(model, guide, *args, **kwargs)
 
     def record(vae, images):
         seen.append((vae.prior.order, images.cpu().clone()))
         return preprocess(vae, images)
 
-    monkeypatch.setattr(study, "preprocess", record)
+    monkeypatch.setattr(loop, "preprocess", record)
     monkeypatch.setitem(ENTRIES, "spy", Entry("spy", "test", Spy, order="reversed"))
     # Two batches are an epoch of the 1197 images.
     args = arguments(tmp_path, device_name, seconds=1e-6, points=4, **{"batch-size": 500})

@@ -58,6 +58,7 @@ class Trainer(SavedRun):
         make_optimizer: A function from groups of parameters, each with its ``"lr"``, to a torch
             optimizer; by default AdamW without weight decay.
         on_epoch: What to do with the record of each epoch in the main process.
+        on_step: What to do with the number of each step that has been taken, in every process.
         labels: Whether the labels of the images are the context, one-hot.
 
     Raises:
@@ -89,6 +90,7 @@ class Trainer(SavedRun):
         model_config: ModelConfig | None = None,
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
         on_epoch: Callable[[Record], object] | None = None,
+        on_step: Callable[[int], object] = lambda step: None,
         labels: bool = False,
     ):
         self.config = config = TrainConfig() if config is None else config
@@ -103,7 +105,7 @@ class Trainer(SavedRun):
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.vae, self.elbo = vae.to(self.device, self.dtype), elbo
         self.data = Splits.of(data, labels)
-        self.model_config, self.on_epoch = model_config, on_epoch
+        self.model_config, self.on_epoch, self.on_step = model_config, on_epoch, on_step
         self.out = None if out is None else Path(out)
         self.snapshots = frozenset(snapshots)
         self.history: list[Record] = []
@@ -228,6 +230,7 @@ class Trainer(SavedRun):
                 self.steps += 1
                 if self.average is not None:
                     self.average.update(self.vae)
+                self.on_step(self.steps)
                 terms = svi.loss.terms
                 values = torch.stack([*terms.values(), self.optim.grad_norm])
                 # A sum remembers that one of its terms was not finite.
