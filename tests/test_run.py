@@ -176,6 +176,86 @@ def test_every_option_runs(run, tmp_path, options):
     check_run(tmp_path / "run", lines, "diffusion", epochs=1)
 
 
+def words(option, values):
+    return [f"--{option}", *values]
+
+
+@pytest.mark.parametrize(
+    "prior, flags",
+    [
+        *((prior, []) for prior in PRIORS),
+        ("flow", ["--flow", "coupling"]),
+        ("diffusion", ["--denoiser", "preconditioned"]),
+        ("diffusion", ["--denoiser", "residual", "--networks", "resnet"]),
+        ("diffusion", ["--condition", "labels"]),
+    ],
+    ids=str,
+)
+def test_latents_that_are_images(run, tmp_path, prior, flags):
+    out, components = tmp_path / "run", ["--num-components", "3"]
+    flags = [*flags, *(components if prior in ("mixture", "vamp") else [])]
+    shape = words("latent-shape", "244")
+    lines = run(out, *shape, *flags, prior=prior, latent_dim=None, epochs=1)
+    assert " of 32 latents are active" in "\n".join(lines)
+    vae, config = load_vae(out)
+    assert config.latent_dim == 32 and vae.prior.event_shape == (2, 4, 4)
+    assert (out / "denoising.png").exists() == (prior == "diffusion")
+    assert "not_available" not in results(out)
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "diffusion", "flow"])
+@pytest.mark.parametrize("group_priors", ["top", "every"])
+def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
+    out = tmp_path / "run"
+    shapes = words("latent-groups", ["3", "1x2x2", "2x4x4"])
+    options = {"prior": prior, "group_priors": group_priors, "latent_dim": None, "epochs": 2}
+    options |= {"kl_warmup": 1, "free_bits": 0.1}
+    if group_priors == "every" and prior != "diffusion":
+        assert "group_priors='every' needs a prior" in error_of(out, *shapes, **options)
+        return
+    lines = run(out, *shapes, **options)
+    found = results(out)
+    assert set(found["latents"]) == {"group1", "group2", "group3"}
+    assert sum(use["kl"] for use in found["latents"].values()) == pytest.approx(
+        found["test_negative_elbo"] - found["terms"]["-log p(x | z_0), reconstruction"]
+    )
+    assert any(line.startswith("group2: ") and line.endswith(" nats") for line in lines)
+    assert (out / "groups.png").exists() and "not_available" not in found
+    assert (out / "denoising.png").exists() == (prior == "diffusion")
+    vae, _ = load_vae(out)
+    assert [type(p).__name__ for p in vae.prior.groups][1:] == 2 * [
+        "DiffusionPrior" if group_priors == "every" else "ConditionalGaussianPrior"
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["--latent-shape", "4", "3", "3"], "images of 8 x 8 pixels halve to h x w = 4 x 4, 2 x 2"),
+        (["--latent-shape", "4", "4"], "latent_shape must be D or C h w"),
+        (["--latent-shape", "0", "4", "4"], "each number in latent_shape must be a whole number"),
+        (["--latent-groups", "2x4x4", "8"], "only the first group may be a vector"),
+        (["--latent-groups", "8", "2x4"], "latent_shape must be D or C h w"),
+        (["--latent-groups", "8", "axb"], "a shape must be D or CxHxW, such as 16 or 4x8x8"),
+        (["--latent-groups", "8", "--latent-shape", "4"], "latent_shape is that of one group"),
+        (["--latent-groups", "8", "--networks", "paper"], "have a vector of latents"),
+        (
+            ["--latent-groups", "8", "--gaussian-epochs", "1"],
+            "gaussian_epochs must be 0 for a hier",
+        ),
+        (["--latent-shape", "2", "4", "4", "--latent-dim", "5"], "latent_dim=5 is not the size of"),
+        (["--dataset", "mnist", "--root", "nowhere", "--latent-shape", "4", "5", "5"], "28 x 28"),
+        (["--estimator", "trace", "--kl-warmup", "1"], "need an estimator with terms"),
+        (["--denoiser", "unet"], "event_shape must be (C, h, w) for a UNetBackbone"),
+    ],
+    ids=str,
+)
+def test_latents_that_are_refused(error_of, tmp_path, flags, match):
+    options = {"estimator": "trace"} if "--estimator" in flags else {}
+    assert match in error_of(tmp_path / "run", *flags, latent_dim=None, **options)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_smallest_run(run, tmp_path, prior):
     one = {"epochs": 1, "limit": 1, "latent_dim": 1, "width": 1, "k": 1}

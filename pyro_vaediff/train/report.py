@@ -2,8 +2,6 @@ r"""What a run leaves to read: results, tables and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +12,23 @@ from .. import plotting
 from ..data import ImageData
 from ..evaluate import (
     Extractor,
+    active_units,
     bits_per_dim,
     evaluate,
     frechet_distances,
+    kl_by_group,
     kl_by_timestep,
     preprocess,
 )
 from ..files import write_csv, write_json
 from ..infer import Estimator
-from ..likelihoods import PixelSpace
-from ..sampling import point, reconstruct, sample, trajectory
-from ..sampling.samplers import check_diffusion
-from ..vae import VAE, call
+from ..vae import VAE
+from .pictures import Missing, pixel_space, save_pictures
 from .splits import one_hot
 
 __all__ = ["readable_terms", "report"]
 
-
-class Missing:
-    r"""Collects what is not available for a model, and why."""
-
-    def __init__(self) -> None:
-        self.reasons: dict[str, str] = {}
-
-    @contextmanager
-    def unless(self, name: str) -> Iterator[None]:
-        r"""Goes on if a number or a picture has no closed form, or asks for what a model lacks."""
-        try:
-            yield
-        except (NotImplementedError, AttributeError, ValueError, RuntimeError) as error:
-            self.reasons[name] = (str(error) or type(error).__name__).splitlines()[0]
-
-    def lines(self) -> list[str]:
-        return [f"not available for {name}: {reason}" for name, reason in self.reasons.items()]
+NUM_ACTIVE = 1000  # the images that active units are counted with
 
 
 def report(
@@ -121,6 +103,10 @@ def report(
                 "{label}: samples {samples:.2f}, reconstructions {reconstructions:.2f} "
                 "({num_images} images on each side, reference: {reference})".format(**found)
             )
+    with missing.unless("active units"):
+        few = None if c is None else c[:NUM_ACTIVE]
+        results["latents"] = uses = use_of_latents(vae, test[:NUM_ACTIVE], few, terms)
+        lines += [describe_use(group, use) for group, use in uses.items()]
     kl, x = None, preprocess(vae, test[:100])
     if num_timesteps(vae) is not None:
         with missing.unless("the KL by timestep"):
@@ -147,6 +133,24 @@ def report(
     if len(missing.reasons) > known:
         save()
     return [*lines, *missing.lines(), f"results, tables and pictures are in {out}"]
+
+
+def use_of_latents(
+    vae: VAE, test: Tensor, c: Tensor | None, terms: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    r"""Returns the active units of each group of latents, and its KL if there are several."""
+    units, kls = active_units(vae, test, c=c), kl_by_group(terms)
+    uses = {group: {"active_units": n.active, "units": n.total} for group, n in units.items()}
+    return {
+        group: use | ({"kl": kls[group]} if len(uses) > 1 else {}) for group, use in uses.items()
+    }
+
+
+def describe_use(group: str, use: dict[str, float]) -> str:
+    r"""Returns a line on the latents of a group."""
+    kl = f", KL {use['kl']:.2f} nats" if "kl" in use else ""
+    where = f"{group}: " if group else ""
+    return f"{where}{use['active_units']} of {use['units']} latents are active{kl}"
 
 
 def context(data: ImageData | Tensor) -> tuple[Tensor, int]:
@@ -182,61 +186,3 @@ def readable_terms(vae: VAE, terms: dict[str, float]) -> dict[str, float]:
 def num_timesteps(vae: VAE) -> int | None:
     r"""Returns the length of the prior's chain, or ``None`` if it has none."""
     return getattr(vae.prior, "num_timesteps", None)
-
-
-def pixel_space(vae: VAE) -> PixelSpace:
-    if vae.space is None:
-        raise ValueError("vae.space is None, data are no 8-bit images")
-    return vae.space
-
-
-@torch.no_grad()
-def save_pictures(
-    vae: VAE,
-    test: Tensor,
-    x: Tensor,
-    c: Tensor | None,
-    classes: int | None,
-    out: Path,
-    missing: Missing,
-) -> None:
-    r"""Writes the pictures that a model is judged by at a glance; samples by class, if it has any.
-
-    Arguments:
-        vae: The VAE.
-        test: The test images.
-        x: The first of them in x-space.
-        c: Their context.
-        classes: The number of classes, if the context is the class: samples are in rows by class.
-        out: The run directory.
-        missing: Where to note what is not available.
-    """
-    with missing.unless("pictures"):
-        space = pixel_space(vae)
-
-        def to_unit(z: Tensor, c: Tensor | None) -> Tensor:
-            return space.to_unit(point(call(vae.decoder, z, c)))
-
-        with missing.unless("samples.png"):
-            given = None
-            if classes is not None:  # a row of eight for each class
-                given = one_hot(torch.arange(classes).repeat_interleave(8), classes).to(x)
-            z = sample(vae.prior, 64 if given is None else len(given), given)
-            plotting.save_image_grid(to_unit(z, given), out / "samples.png", columns=8)
-        with missing.unless("reconstructions.png"):
-            few = None if c is None else c[:16]
-            plotting.save_reconstructions(
-                test[:16].to(x.device).double() / (space.levels - 1),
-                space.to_unit(reconstruct(vae, x[:16], few)),
-                out / "reconstructions.png",
-            )
-        if num_timesteps(vae) is None:
-            return
-        with missing.unless("denoising.png"):
-            given = None if c is None else c[:6]
-            count = 6 if given is None else len(given)
-            prior = check_diffusion(vae.prior)
-            times, z = trajectory(prior, num_samples=count, num_frames=9, c=given)
-            frames = torch.stack([to_unit(frame, given) for frame in z], dim=1)
-            labels = [f"t = {t}" for t in times.tolist()]
-            plotting.save_strip(frames, out / "denoising.png", labels)
