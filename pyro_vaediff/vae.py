@@ -109,7 +109,7 @@ class VAE(nn.Module):
         with pyro.plate("data", count(x, c, num_samples), dim=-1):
             z_0 = call(self.prior.model, c)
             p_x = checked("decoder", call(self.decoder, z_0, c))
-            return pyro.sample("x", p_x, obs=check_shape(x, p_x.event_shape))
+            return pyro.sample("x", p_x, obs=check_shape(x, p_x))
 
     @program
     def guide(self, x: Tensor, c: Tensor | None = None) -> Tensor:
@@ -180,8 +180,19 @@ def count(x: Tensor | None, c: Tensor | None = None, num_samples: int = 1) -> in
     return len(x)
 
 
-def check_shape(x: Tensor | None, event_shape: torch.Size) -> Tensor | None:
+def check_shape(x: Tensor | None, p_x: dist.TorchDistribution) -> Tensor | None:
     r"""Returns the data, if they have the shape of those that the decoder makes."""
+    event_shape = p_x.event_shape
+    if x is not None and not p_x.batch_shape:
+        raise ValueError(
+            "vae.decoder must return a distribution per latent, with batch shape (*, B), got none "
+            f"of event shape {tuple(event_shape)}: does it mix the data?"
+        )
+    if x is not None and not event_shape:
+        raise ValueError(
+            "vae.decoder must return a distribution over data, not over their single numbers: add "
+            f".to_event({x.ndim - 1})"
+        )
     if x is not None and x.shape[1:] != event_shape:
         raise ValueError(
             f"x must have shape (B, {', '.join(map(str, event_shape))}) as the decoder's images "

@@ -63,6 +63,14 @@ from pyro_vaediff.train.runs import load_data, load_vae
 
 nan, inf = math.nan, math.inf
 
+
+def decoded(it, p_x):
+    r"""Runs the model of a VAE whose decoder returns that distribution."""
+    vae = VAE(it.vae.encoder, torch.nn.Identity(), it.vae.prior)
+    vae.decoder.forward = lambda z: p_x
+    return vae.model(torch.zeros(1, 1, 8, 8))
+
+
 # A function of what `it` has, a fixture of the test, and an expression for the whole message.
 LIBRARY = [
     # Data
@@ -174,6 +182,26 @@ LIBRARY = [
     (
         lambda it: it.vae.prior.reverse(torch.zeros(1, 2), 5),
         "t must be from 0 to T = 4, got 5",
+    ),
+    (
+        lambda it: it.vae.prior.reverse(torch.zeros(1, 2), 1, torch.eye(1)),
+        r"c must be None, as the prior has context_features=0, got \(1, 1\)",
+    ),
+    (
+        lambda it: DiffusionPrior(2, 5, context_features=3).reverse(torch.zeros(1, 2), 1),
+        r"c must be a context that ends in shape \(3,\), as the prior has context_features=3, .*",
+    ),
+    (
+        lambda it: DiffusionPrior(2, 5, context_features=3).model(torch.zeros(1, 2)),
+        r"c must be a context that ends in shape \(3,\), .* got \(1, 2\)",
+    ),
+    (
+        lambda it: decoded(it, dist.Normal(torch.zeros(()), 1.0)),
+        r"vae\.decoder must return a distribution per latent, with batch shape .*",
+    ),
+    (
+        lambda it: decoded(it, dist.Normal(torch.zeros(1, 1, 8, 8), 1.0)),
+        r"vae\.decoder must return .* not over their single numbers: add \.to_event\(3\)",
     ),
     (
         lambda it: it.vae.prior.reverse(torch.zeros(1, 3), 1),
@@ -477,7 +505,7 @@ LIBRARY = [
     (lambda it: TrainConfig(prior_lr=0), "prior_lr must be positive and finite, got 0"),
     (
         lambda it: TrainConfig(prior_weight_decay=-1),
-        "prior_weight_decay must be finite and at least 0, got -1",
+        "prior_weight_decay must be a finite number >= 0, got -1",
     ),
     (
         lambda it: make_vae(ModelConfig(beta_min=0.5, beta_max=0.1)),
@@ -519,7 +547,7 @@ LIBRARY = [
     ),
     (
         lambda it: make_vae(ModelConfig(networks="unet")),
-        "unknown networks 'unet': choose one of default, paper",
+        "unknown networks 'unet': choose one of default, paper, resnet",
     ),
     (
         lambda it: it.trainer(model={"image_shape": (3, 8, 8)}),

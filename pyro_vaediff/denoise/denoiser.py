@@ -69,7 +69,8 @@ class Denoiser(nn.Module):
         context_features: int | Sequence[int] = 0,
     ):
         super().__init__()
-        self.context_shape = as_shape("context_features", context_features or 1)
+        shape = as_shape("context_features", context_features) if context_features else ()
+        self.context_shape = shape  #: The shape of the context of a datum, empty if there is none.
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         if preconditioning and parameterization != "eps":
             raise ValueError(
@@ -83,7 +84,7 @@ class Denoiser(nn.Module):
         self.preconditioning = Preconditioning(event_shape) if preconditioning else None
         self._home = schedule.original("times")  # the grid that the network is trained on
         self.kernel = Kernel(self.tables(self._home))
-        self.check_backbone(bool(context_features))
+        self.check_backbone()
 
     def forward(
         self, z: Tensor, t: Times, s: Times | None = None, c: Tensor | None = None
@@ -122,6 +123,7 @@ class Denoiser(nn.Module):
     def network(self, z: Tensor, t: Times, c: Tensor | None = None) -> tuple[Tensor, ...]:
         r"""Returns the outputs of the network, in full precision also under autocast."""
         check_ends("z", z, self.event_shape)
+        self.check_context(c)
         schedule = self.schedule
         log_snr = at_time(schedule.log_snr, t, 0) if is_index(t) else schedule.log_snr_at(t)
         log_snr = log_snr.to(z)
@@ -140,7 +142,7 @@ class Denoiser(nn.Module):
             inputs[0] = z.reshape(-1, *self.event_shape)
             inputs[1] = log_snr.expand(batch).reshape(-1)
             if c is not None:
-                shape = c.shape[-len(self.context_shape) :]
+                shape = self.context_shape
                 inputs[2] = c.expand(*batch, *shape).reshape(-1, *shape)
         outputs = self.backbone(*(x.to(dtype) for x in inputs))
         if isinstance(outputs, Tensor):
@@ -230,6 +232,17 @@ class Denoiser(nn.Module):
         new.kernel = Kernel(new.tables(new.schedule.original("times"))).to(self.kernel.skips)
         return new
 
+    def check_context(self, c: Tensor | None) -> None:
+        r"""Raises a ``ValueError`` unless there is a context if and only if there has to be one."""
+        shape = self.context_shape
+        given = None if c is None else tuple(c.shape)
+        if (not shape and c is not None) or (shape and (given or ())[-len(shape) :] != shape):
+            expected = f"a context that ends in shape {shape}" if shape else "None"
+            raise ValueError(
+                f"c must be {expected}, as the prior has context_features="
+                f"{shape[0] if len(shape) == 1 else shape or 0}, got {given}"
+            )
+
     def check_signal(self) -> None:
         r"""Raises a ``ValueError`` if nothing is left of :math:`z_0` in :math:`z_T`."""
         log_signal = self.schedule.original("log_alphas_cumprod")[-1].item()
@@ -240,11 +253,11 @@ class Denoiser(nn.Module):
             )
 
     @torch.no_grad()
-    def check_backbone(self, with_context: bool) -> None:
+    def check_backbone(self) -> None:
         r"""Raises a ``ValueError`` unless the backbone returns what it must."""
         like = next(self.backbone.parameters(), torch.zeros(()))
         inputs = [like.new_zeros(2, *self.event_shape), like.new_zeros(2)]
-        if with_context:
+        if self.context_shape:
             inputs.append(like.new_zeros(2, *self.context_shape))
         with eval_mode(self.backbone):  # the statistics of a BatchNorm stay as they are
             outputs = self.backbone(*inputs)
