@@ -180,7 +180,7 @@ def test_every_kind_of_image_arrives(tmp_path):
         "bits.png": Image.fromarray(grey > 100),
         "deep.png": Image.fromarray(noise(16, 16, high=65536)),
         "cmyk.jpg": Image.fromarray(colour).convert("CMYK"),
-        "lab.tif": Image.fromarray(colour).convert("YCbCr"),
+        "cmyk.tif": Image.fromarray(noise(16, 16, 3)).convert("CMYK"),
         "small.png": Image.fromarray(noise(5, 9, 3)),
         "photo.webp": Image.fromarray(noise(40, 30, 3)),
     }

@@ -105,7 +105,7 @@ def test_samples_have_the_density(device, D):
         grid = torch.cartesian_prod(*lines).reshape(-1, D)
         cell = torch.stack([line[1] - line[0] for line in lines]).prod()
         mass = prior.distribution().log_prob(grid).exp() * cell
-    assert mass.sum().item() == pytest.approx(1, abs=1e-3)
+    assert mass.sum().item() == pytest.approx(1, abs=2e-3)  # with tails beyond the grid
     # The fraction of the samples below their mean in every coordinate, and below it in the first.
     for columns in (slice(None), slice(1)):
         below = (z < z.mean(0))[:, columns].all(-1).double()

@@ -53,7 +53,7 @@ class IsotropicNormal(Independent):
             self._validate_sample(value)
         squares = (value - self.base_dist.loc).square()
         squares = squares.sum(tuple(range(-len(self.event_shape), 0)))
-        constant = self.event_shape.numel() * (self.scale.log() + math.log(2 * math.pi) / 2)
+        constant = math.prod(self.event_shape) * (self.scale.log() + math.log(2 * math.pi) / 2)
         return -squares / (2 * self.scale.square()) - constant
 
 
