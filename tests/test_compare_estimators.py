@@ -9,6 +9,7 @@ import csv
 import importlib
 import re
 
+import estimators.measure
 import pytest
 import torch
 from estimators import BASELINE, ENTRIES
@@ -182,7 +183,9 @@ def test_convergence(output, script):
     records = read(out / "convergence.csv")
     names = list(dict.fromkeys(record["estimator"] for record in records))
     chosen = {record["estimator"] for record in read(out / "estimators.csv")}
-    expected = [name for name in ENTRIES if name in chosen and name in script.CONVERGENCE]
+    expected = [
+        name for name in ENTRIES if name in chosen and name in estimators.measure.CONVERGENCE
+    ]
     assert names == [name.replace(" | ", " given ") for name in expected] and names
     for name in names:
         samples = [int(r["samples"]) for r in records if r["estimator"] == name]
@@ -309,7 +312,7 @@ def test_the_optimal_proposal_is_interpolated(script, monkeypatch, device):
         rms = torch.tensor(timesteps, device=device).double() ** -1.5
         return {"encoder": rms, "prior": 7 * rms}
 
-    monkeypatch.setattr(script, "gradient_noise_by_timestep", noise)
+    monkeypatch.setattr(estimators.measure, "gradient_noise_by_timestep", noise)
     vae = linear_gaussian_vae(50).to(device)
     args = script.parse_args(["--oracle", "--quick"])
     rows = script.measure_noise_by_timestep(vae, None, args)

@@ -176,7 +176,7 @@ def test_every_kind_of_image_arrives(tmp_path):
         "rgba.png": Image.fromarray(noise(16, 16, 4)),
         "grey-alpha.png": Image.fromarray(noise(16, 16, 2)),
         "palette.png": Image.fromarray(colour).quantize(16),
-        "palette.gif": Image.fromarray(colour).quantize(16),
+        "palette.gif": Image.fromarray(255 - colour).quantize(16),
         "bits.png": Image.fromarray(grey > 100),
         "deep.png": Image.fromarray(noise(16, 16, high=65536)),
         "cmyk.jpg": Image.fromarray(colour).convert("CMYK"),

@@ -16,6 +16,7 @@ from .embeddings import LogSNRFeatures, sinusoidal_embedding
 from .flows import FLOWS, FlowDistribution, masked_autoregressive_flow
 from .ladder import LadderEncoder, LadderPosterior, LadderStep, check_latent_groups, ladder_path
 from .mlp import MLPDecoder, MLPEncoder, mlp
+from .noise_matched import NoiseMatched
 from .paper import paper_decoder, paper_encoder
 from .resnet import ResNetDecoder, ResNetEncoder, check_latent_shape
 from .scale import bounded_scale, upcast
@@ -37,6 +38,7 @@ __all__ = [
     "MLPBackbone",
     "MLPDecoder",
     "MLPEncoder",
+    "NoiseMatched",
     "ResNetDecoder",
     "ResNetEncoder",
     "ResidualMLP",

@@ -115,9 +115,9 @@ class ProbabilityFlow(dist.TorchDistribution):
         self.times = [max(i, round(T * (i / num_steps) ** 1.5)) for i in range(num_steps + 1)]
         self.chunk_size = chunk_size
         # In float64, whatever the dtype of the prior.
-        alpha_bar = prior.schedule.original("alphas_cumprod")
-        sigma = (prior.schedule.original("one_minus_alphas_cumprod") / alpha_bar).sqrt()
-        self._signal, self._sigma = alpha_bar.sqrt().tolist(), sigma.tolist()
+        log_snr = prior.schedule.original("log_snr")
+        sigma = torch.exp(-log_snr / 2)
+        self._signal, self._sigma = torch.sigmoid(log_snr).sqrt().tolist(), sigma.tolist()
         s = sigma.asinh().tolist()
         self._steps = [(t, u, (s[u] - s[t]) / 2) for t, u in itertools.pairwise(self.times)]
         super().__init__(Size() if c is None else c.shape[:1], prior.origin.shape)
@@ -183,9 +183,11 @@ class ProbabilityFlow(dist.TorchDistribution):
             t: The time, from 0 to :math:`T`.
             c: The context, one row for each of the latents.
         """
-        if t == 0:
+        if self._sigma[t] == 0:
             return torch.zeros_like(z)
-        return (self._signal[t] * z - self.prior.denoise(z, t, c)) / self._sigma[t]
+        # A chain that starts on the path has no step to its start, but a time there.
+        time = t or self.prior.schedule.start
+        return (self._signal[t] * z - self.prior.denoise(z, time, c)) / self._sigma[t]
 
     def _batch_of(self, z: Tensor) -> Size:
         return z.shape[: z.ndim - len(self.event_shape)]
@@ -224,7 +226,8 @@ class ProbabilityFlow(dist.TorchDistribution):
 
     def _encode(self, z: Tensor, velocity: Velocity) -> tuple[Tensor, Tensor]:
         eye, log_det = identity(z), z.new_zeros(len(z))
-        jacobian = torch.zeros_like(eye)
+        clean = self._sigma[0] == 0  # where nothing moves yet
+        jacobian = torch.zeros_like(eye) if clean else self._jacobian(velocity, z, 0)
         for t, u, h in self._steps:
             log_det = log_det + torch.linalg.slogdet(eye + h * jacobian).logabsdet
             z = self._solve(velocity, z + h * velocity(z, t), u, -h)
@@ -240,7 +243,7 @@ class ProbabilityFlow(dist.TorchDistribution):
 
     def _solve(self, velocity: Velocity, known: Tensor, t: int, h: float) -> Tensor:
         r"""Returns the solution of :math:`z + h v(z, t)` = ``known``, by fixed-point iteration."""
-        if t == 0:
+        if self._sigma[t] == 0:
             return known
         with torch.no_grad():
             z = self._iterate(velocity, known, t, h)

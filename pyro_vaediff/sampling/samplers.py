@@ -119,7 +119,8 @@ def ddim(
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     z = prior.standard_normal().expand([num_samples]).sample()
     times = torch.linspace(T, 0, num_steps + 1).round().long().tolist()
-    signal, noise = prior.schedule.alphas_cumprod, prior.schedule.one_minus_alphas_cumprod
+    log_snr = prior.schedule.log_snr
+    signal, noise = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
     for t, s in itertools.pairwise(times):
         z_0 = prior.denoise(z, t, c)
         eps = (z - signal[t].sqrt() * z_0) / noise[t].sqrt()

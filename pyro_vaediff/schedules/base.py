@@ -3,6 +3,7 @@ r"""A schedule with given variances, on a grid of times and between them."""
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -106,12 +107,15 @@ class Schedule(Tables):
         return beta, beta * (noise_s / noise_t).clamp(max=1)
 
     def discretize(self, times: Tensor) -> None:
-        r"""Makes the tables of a grid of times, with shape :math:`(T + 1,)` and in float64."""
+        r"""Makes the tables of a grid of times, with shape :math:`(T + 1,)` and in float64.
+
+        They are those of a chain that starts at the first of these times.
+        """
         with torch.no_grad():
-            log_snr = self.log_snr_at(times)
-            betas, tilde = self.variances(times[1:], times[:-1])
-        log_alpha_bar = F.logsigmoid(log_snr)
-        betas, tilde = F.pad(betas, (1, 0)), F.pad(tilde, (1, 0))
+            log_snr, log_alpha_bar = self.log_snr_at(times), self.log_alpha(times, times[:1])
+            betas = F.pad(-torch.expm1(self.log_alpha(times[1:], times[:-1])), (1, 0))
+        one_minus = -torch.expm1(log_alpha_bar)
+        tilde = betas[1:] * (one_minus[:-1] / one_minus[1:])
         self.tabulate(
             {
                 "times": times,
@@ -120,8 +124,8 @@ class Schedule(Tables):
                 "alphas": 1 - betas,
                 "alphas_cumprod": log_alpha_bar.exp(),
                 "log_alphas_cumprod": log_alpha_bar,
-                "one_minus_alphas_cumprod": torch.sigmoid(-log_snr),
-                "betas_tilde": tilde,
+                "one_minus_alphas_cumprod": one_minus,
+                "betas_tilde": F.pad(tilde, (1, 0)),
             }
         )
 
@@ -129,8 +133,8 @@ class Schedule(Tables):
         r"""Returns the schedule of another chain along the same path.
 
         Arguments:
-            steps: The number of steps of equal length, or the times :math:`0 = \tau_0 < \dots <
-                \tau_T = 1`, with shape :math:`(T + 1,)`.
+            steps: The number of steps of equal length, or the times :math:`\tau_0 < \dots <
+                \tau_T = 1`, with shape :math:`(T + 1,)`, from the same start :math:`\tau_0`.
 
         Raises:
             ValueError: If it is neither.
@@ -142,18 +146,63 @@ class Schedule(Tables):
         """
         if not isinstance(steps, Tensor):
             check_whole("steps", steps)
-            steps = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+            steps = torch.linspace(self.start, 1, steps + 1, dtype=torch.float64)
         times = steps.detach().cpu().double()
-        if times.ndim != 1 or len(times) < 2 or times[0] != 0 or times[-1] != 1:
-            raise ValueError(f"steps must be a number or times from 0 to 1, got {steps!r:.80}")
+        if times.ndim != 1 or len(times) < 2 or times[0] != self.start or times[-1] != 1:
+            raise ValueError(
+                f"steps must be a number or times from {self.start:g} to 1, got {steps!r:.80}"
+            )
         if not (times.diff() > 0).all():
             raise ValueError(f"steps must be times that increase, got {steps!r:.80}")
+        return self.on_grid(times)
+
+    def starting_at(self, log_snr: float) -> Schedule:
+        r"""Returns the schedule of a chain that starts where the path has a log-SNR.
+
+        Its :math:`z_0` is not clean, but :math:`\sqrt{\bar\alpha_0} \, \hat z + \sqrt{1 -
+        \bar\alpha_0} \, \epsilon` for some clean :math:`\hat z`, such as a
+        :class:`~pyro_vaediff.nn.NoiseMatched` encoder has it. The tables, and the algebra of
+        :mod:`~pyro_vaediff.diffusion`, are relative to this :math:`z_0`; log-SNRs, and with them
+        what a denoiser predicts and the variances :math:`\tilde\beta`, to :math:`\hat z`.
+
+        Arguments:
+            log_snr: The log-SNR :math:`\lambda_0`, between the ends of the path.
+
+        Raises:
+            ValueError: If it is not.
+
+        Example:
+            >>> from pyro_vaediff.schedules import LinearSchedule
+            >>> LinearSchedule(1000).starting_at(5.0).log_snr[[0, 1000]]
+            tensor([  5.0000, -10.1177])
+        """
+        low, high = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        if not self(high) < log_snr < math.inf:
+            raise ValueError(
+                f"log_snr must be finite and above that of the last time, {float(self(high)):g}, "
+                f"got {log_snr}"
+            )
+        for _ in range(100):  # halves the interval
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.log_snr_at(middle) > log_snr else (low, middle)
+        grid = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
+        return self.on_grid(torch.lerp(high, torch.ones_like(high), grid))
+
+    def on_grid(self, times: Tensor) -> Schedule:
+        r"""Returns the same path on another grid of times."""
         new = copy.deepcopy(self)
         new.discretize(times)
         return new.to(self.betas)
 
+    @property
+    def start(self) -> float:
+        r"""The first time :math:`\tau_0`, 0 unless the chain starts later."""
+        return self.original("times")[0].item()
+
     def signal(self, t: Times, event_dim: int = 1) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`\bar\alpha` and :math:`1 - \bar\alpha`, ready to multiply latents.
+
+        Both are relative to the first time of the grid, where the chain starts.
 
         Arguments:
             t: The time(s), with shape :math:`(*)`.
@@ -165,8 +214,9 @@ class Schedule(Tables):
         if is_index(t):
             alpha_bar, one_minus = self.alphas_cumprod, self.one_minus_alphas_cumprod
             return at_time(alpha_bar, t, event_dim), at_time(one_minus, t, event_dim)
-        log_snr = self.log_snr_at(t)[(...,) + (None,) * event_dim]
-        return torch.sigmoid(log_snr).to(self.betas), torch.sigmoid(-log_snr).to(self.betas)
+        start = self.time(torch.zeros((), dtype=torch.int64))
+        log_alpha_bar = self.log_alpha(self.time(t), start)[(...,) + (None,) * event_dim]
+        return log_alpha_bar.exp().to(self.betas), -torch.expm1(log_alpha_bar).to(self.betas)
 
     def beta(self, t: Times, s: Times | None = None, event_dim: int = 1) -> Tensor:
         r"""Returns the variance that the forward diffusion adds from :math:`s` to :math:`t`.

@@ -31,6 +31,8 @@ class ModelConfig(Checked):
 
     prior: str = option("diffusion", "the prior", choice(PRIORS))
     latent_dim: int = option(16, "latent dimensions D", whole())
+    image_shape: Sequence[int] = (1, 8, 8)
+    levels: int = 256
     latent_shape: tuple[int, ...] = option(
         (), "shape C h w of the latents, in place of D", metavar="N"
     )
@@ -40,8 +42,6 @@ class ModelConfig(Checked):
     group_priors: str = option(
         "top", "which groups have the prior, the others being Gaussian", choice(("top", "every"))
     )
-    image_shape: Sequence[int] = (1, 8, 8)
-    levels: int = 256
     likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
     networks: str = option(
         "default",
