@@ -9,10 +9,9 @@ import csv
 import importlib
 import re
 
-import estimators.measure
 import pytest
 import torch
-from estimators import BASELINE, ENTRIES
+from estimators import BASELINE, ENTRIES, measure
 from estimators.page import significant
 from PIL import Image
 from scripts import EXPERIMENTS, call, script_errors
@@ -183,9 +182,7 @@ def test_convergence(output, script):
     records = read(out / "convergence.csv")
     names = list(dict.fromkeys(record["estimator"] for record in records))
     chosen = {record["estimator"] for record in read(out / "estimators.csv")}
-    expected = [
-        name for name in ENTRIES if name in chosen and name in estimators.measure.CONVERGENCE
-    ]
+    expected = [name for name in ENTRIES if name in chosen and name in measure.CONVERGENCE]
     assert names == [name.replace(" | ", " given ") for name in expected] and names
     for name in names:
         samples = [int(r["samples"]) for r in records if r["estimator"] == name]
@@ -312,7 +309,7 @@ def test_the_optimal_proposal_is_interpolated(script, monkeypatch, device):
         rms = torch.tensor(timesteps, device=device).double() ** -1.5
         return {"encoder": rms, "prior": 7 * rms}
 
-    monkeypatch.setattr(estimators.measure, "gradient_noise_by_timestep", noise)
+    monkeypatch.setattr(measure, "gradient_noise_by_timestep", noise)
     vae = linear_gaussian_vae(50).to(device)
     args = script.parse_args(["--oracle", "--quick"])
     rows = script.measure_noise_by_timestep(vae, None, args)

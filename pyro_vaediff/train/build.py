@@ -13,6 +13,7 @@ from ..nn import (
     ConvEncoder,
     LadderEncoder,
     LadderStep,
+    NoiseMatched,
     ResNetDecoder,
     ResNetEncoder,
     ladder_path,
@@ -68,6 +69,8 @@ def make_diffusion_prior(config: ModelConfig, context: int | tuple[int, ...]) ->
         schedule = LinearSchedule(T, config.beta_min, config.beta_max)
     else:
         schedule = make_schedule(config.schedule, T)
+    if config.noise_log_snr is not None:
+        schedule = schedule.starting_at(config.noise_log_snr)
     special, name = config.denoiser == "preconditioned", config.denoiser
     if special or name is None:
         name = "conv" if len(shape) == 3 else "residual"
@@ -137,4 +140,6 @@ def make_vae(config: ModelConfig) -> VAE:
     config.check_sizes()
     likelihood = make_likelihood(config.likelihood, tuple(config.image_shape), config.levels)
     encoder, decoder = make_networks(config, likelihood)
+    if config.noise_log_snr is not None:
+        encoder = NoiseMatched(encoder, config.noise_log_snr)
     return VAE(encoder, decoder, make_prior(config), likelihood.space(config.levels))

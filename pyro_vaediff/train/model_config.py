@@ -2,6 +2,7 @@ r"""The configuration of a model, which its checkpoints carry."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from ..likelihoods import LIKELIHOODS
 from ..nn import BACKBONES, FLOWS, check_latent_groups, check_latent_shape
 from ..priors import PRIORS
 from ..schedules import SCHEDULES
-from .options import Checked, choice, option, whole
+from .options import Checked, choice, number, option, whole
 
 __all__ = ["DENOISERS", "ModelConfig", "parse_shape"]
 
@@ -84,6 +85,12 @@ class ModelConfig(Checked):
     reverse_variance: str = option(
         "beta", "variance of a reverse step", choice(REVERSE_VARIANCES), of=DIFFUSION
     )
+    noise_log_snr: float | None = option(
+        None,
+        "log-SNR of a fixed noise of the encoder, at which the chain starts (learned noise)",
+        number("finite", math.isfinite),
+        of=DIFFUSION,
+    )
     num_classes: int = 0
 
     def __post_init__(self) -> None:
@@ -100,6 +107,8 @@ class ModelConfig(Checked):
                 f"group_priors='every' needs a prior with images as context, 'diffusion', got "
                 f"{self.prior!r}"
             )
+        if self.latent_groups and self.noise_log_snr is not None:
+            raise ValueError("noise_log_snr is for a single group of latents: leave it out")
         if self.latent_groups and self.prior == "vamp":
             raise ValueError("prior='vamp' has no hierarchy: its encoder would need one of its own")
         _ = self.event_shape, self.groups  # which are checked as they are read

@@ -130,8 +130,10 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
             f"{path} has no model_config: make the VAE and use load_weights(path, vae)"
         )
     try:
-        saved = state["model_config"].items()
-        config = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved})
+        saved: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()
+        }
+        config = ModelConfig(**saved)
     except TypeError as error:
         raise ValueError(f"{path} has settings of another version: {error}") from error
     precision = state["train_config"]["precision"]
