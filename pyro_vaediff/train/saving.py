@@ -216,8 +216,8 @@ class SavedRun:
         r"""Continues from the checkpoint in the run directory, as if the run had never stopped.
 
         With another number of processes it continues with other random numbers. An epoch that a
-        budget of steps or seconds has cut short counts as one: with a larger budget, the run goes on
-        with the next.
+        budget of steps or seconds has cut short counts as one: with a larger budget, the run goes
+        on with the next.
 
         Raises:
             FileNotFoundError: If there is no checkpoint.
