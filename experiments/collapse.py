@@ -1,4 +1,4 @@
-r"""Shows that "the collapse of latent diffusion" is a missing entropy: one network, four objectives.
+r"""Shows that the collapse of latent diffusion is a missing entropy: four objectives, one network.
 
     python experiments/collapse.py
 
@@ -13,9 +13,9 @@ trains encoder, decoder and diffusion prior of the digits jointly, from the same
 
 and records after every few epochs what becomes of the latents. The folder ``--out`` then holds
 
-    collapse.csv  a row per objective, seed and recorded epoch: the root mean square of the posterior
-                  means and of the posterior scales, the number of active units, the reconstruction
-                  and the -ELBO of the validation images in nats
+    collapse.csv  a row per objective, seed and recorded epoch, of the validation images: the root
+                  mean square of the posterior means and of the posterior scales, the number of
+                  active units, the reconstruction and the -ELBO in nats
     collapse.md   the page to read: the end of every run, mean and standard error over seeds
     collapse.png  the same against epochs
 
@@ -61,7 +61,7 @@ def denoising(term: Term) -> Tensor | None:
 
 
 def denoising_kl(term: Term) -> Tensor | None:
-    r"""Returns a term of :func:`denoising`, or a millionth of the KL of the posterior to N(0, I)."""
+    r"""Returns a term of :func:`denoising`, or a millionth of KL(q(z_0|x) || N(0, I))."""
     if term.role != "entropy":
         return denoising(term)
     q = base_normal(term.site["fn"])
@@ -102,17 +102,23 @@ def train(name: str, seed: int, data: ImageData, args: argparse.Namespace) -> li
         epochs=args.epochs, lr=2e-3, lr_schedule="cosine", seed=seed, validate_every=args.epochs
     )
     model = ModelConfig(latent_dim=16, width=args.width, levels=17)
-    elbo, rows = objectives(args.k)[name](), []
+    elbo = objectives(args.k)[name]()
+    rows: list[Row] = []
     trainer = Trainer.from_config(model, config, elbo, data, args.device)
 
     def record(epoch: int) -> None:
-        rows.append({"objective": name, "seed": seed, "epoch": epoch} | measure(vae, images))
+        key: Row = {"objective": name, "seed": seed, "epoch": epoch}
+        rows.append(key | measure(vae, images))
 
     vae, images = trainer.vae, data.validation
     record(0)
     trainer.on_epoch = lambda r: record(int(r["epoch"])) if r["epoch"] % every == 0 else None
     trainer.fit(progress=False)
     return rows
+
+
+def show(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def page(rows: Sequence[Row], args: argparse.Namespace) -> str:
@@ -180,13 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         for name in objectives(args.k):
             rows += train(name, seed, data, args)
-            print(
-                ", ".join(
-                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                    for k, v in rows[-1].items()
-                ),
-                flush=True,
-            )
+            print(", ".join(f"{key} {show(value)}" for key, value in rows[-1].items()), flush=True)
             write_csv(args.out / "collapse.csv", rows)
     text = page(rows, args)
     write_atomically(args.out / "collapse.md", lambda file: file.write(text.encode()))
