@@ -2,6 +2,11 @@ r"""Fixtures and options shared by all tests: ``pytest --device cuda`` runs them
 
 from __future__ import annotations
 
+import os
+
+# Tests run in two processes, and some start more: threads on top of these slow all of them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib
 import matplotlib.pyplot as plt
 import pyro
