@@ -29,6 +29,7 @@ from pyro_vaediff.testing import (
     exact_elbo,
     linear_gaussian_vae,
 )
+from pyro_vaediff.train.report import by_group
 
 # --- Against the exact bound ----------------------------------------------------------------------
 
@@ -322,3 +323,9 @@ def test_reconstructions_from_the_top_groups(device):
     first = reconstruct(vae, x, num_groups=1)
     torch.manual_seed(1)
     assert not torch.equal(first, reconstruct(vae, x, num_groups=1))  # the rest is drawn
+
+
+def test_the_terms_of_a_group_are_one_bar():
+    terms = {"reconstruction": -2.0, "group1/z_s": 4.0, "-H[group1/z_0]": -1.0, "group2/z_0": 1.0}
+    assert by_group(terms) == {"reconstruction": -2.0, "KL of group1": 3.0, "KL of group2": 1.0}
+    assert by_group({"x": 1.0, "z_s": 2.0}) == {"x": 1.0, "z_s": 2.0}

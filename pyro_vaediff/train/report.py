@@ -22,6 +22,7 @@ from ..evaluate import (
 )
 from ..files import write_csv, write_json
 from ..infer import Estimator
+from ..infer.objectives import group_of
 from ..vae import VAE
 from .pictures import Missing, pixel_space, save_pictures
 from .splits import one_hot
@@ -123,7 +124,8 @@ def report(
     save()
     known = len(missing.reasons)
     with missing.unless("terms.png"):
-        plotting.plot_elbo_terms(terms, out / "terms.png", "Negative ELBO of the test images")
+        shown = by_group(terms)
+        plotting.plot_elbo_terms(shown, out / "terms.png", "Negative ELBO of the test images")
     with missing.unless("history.png"):
         plotting.plot_history(validated, out / "history.png")
     with missing.unless("kl_by_timestep.png"):
@@ -144,6 +146,13 @@ def use_of_latents(
     return {
         group: use | ({"kl": kls[group]} if len(uses) > 1 else {}) for group, use in uses.items()
     }
+
+
+def by_group(terms: dict[str, float]) -> dict[str, float]:
+    r"""Returns terms in which those of a group of latents are one, its KL."""
+    kls = {group: kl for group, kl in kl_by_group(terms).items() if group}
+    rest = {name: value for name, value in terms.items() if not group_of(name)}
+    return rest | {f"KL of {group}": kl for group, kl in kls.items()}
 
 
 def describe_use(group: str, use: dict[str, float]) -> str:
