@@ -129,7 +129,7 @@ def page(rows: Sequence[Row], args: argparse.Namespace) -> str:
     for name in objectives(1):
         own = [row for row in ends if row["objective"] == name]
         values = [statistic([float(row[q]) for row in own]) for q in QUANTITIES]
-        lines.append([name, *(v.text(2, "standard_error") for v in values)])
+        lines.append([name, *(v.text(3, "standard_error") for v in values)])
     return "\n".join(
         [
             "# The collapse of latent diffusion is a missing entropy",
