@@ -47,8 +47,8 @@ from pyro_vaediff.vae import VAE
 
 Row = dict[str, float | str]
 QUANTITIES = {
-    "mean": "root mean square of the posterior means",
-    "scale": "root mean square of the posterior scales",
+    "mean": "rms of the posterior means",
+    "scale": "rms of the posterior scales",
     "active": "active units",
     "reconstruction": "-log p(x | z_0) (nats)",
     "elbo": "-ELBO (nats)",
@@ -155,11 +155,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 statistic([float(r[quantity]) for r in own if r["epoch"] == epoch]).mean
                 for epoch in epochs
             ]
-            axes.plot(epochs, means, label=name)
+            axes.plot(epochs, means, "--" if name == "denoising+kl" else "-", label=name)
         axes.set_xlabel("epoch")
         axes.set_title(label, fontsize="medium")
-        axes.set_yscale("log" if quantity in ("mean", "scale") else "symlog")
-    legend(panels[0])
+        axes.set_yscale("log" if quantity in ("mean", "scale") else "linear")
+    legend(panels[-1])
     write(path, (".png",), lambda file: figure.savefig(file, format="png"))
 
 
