@@ -35,11 +35,15 @@ def submodules(package: str) -> Iterator[ModuleType]:
 
 def page(module: ModuleType) -> str:
     parts = submodules(module.__name__) if hasattr(module, "__path__") else ()
-    parts = [part for part in parts if public_names(part)]
-    of_parts = {name for part in parts for name in public_names(part)}
+    names = {part: public_names(part) for part in parts}
+    homes = {part.__name__ for part in names}
+    for part in names:  # a name is listed where it comes from
+        origin = {name: getattr(getattr(part, name), "__module__", None) for name in names[part]}
+        names[part] = [n for n in names[part] if origin[n] not in homes - {part.__name__}]
+    of_parts = {name for listed in names.values() for name in listed}
     own = [name for name in public_names(module) if name not in of_parts]
     sections = [section(module, own, "=")]
-    sections += [section(part, public_names(part), "-") for part in parts]
+    sections += [section(part, listed, "-") for part, listed in names.items() if listed]
     return "\n".join(sections)
 
 

@@ -20,7 +20,8 @@ from pyro_vaediff.nn import DiTBackbone, LogSNRFeatures, UNetBackbone, ViTBackbo
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
 from pyro_vaediff.schedules import LinearSchedule
 from pyro_vaediff.train.build import make_prior
-from pyro_vaediff.train.config import DENOISERS, ModelConfig
+from pyro_vaediff.train.config import ModelConfig
+from pyro_vaediff.train.model_config import DENOISERS
 
 pytest.importorskip("azula")
 

@@ -89,6 +89,16 @@ def test_pictures_have_a_text(page: Path):
             assert image.get("alt"), cell.code
 
 
+def test_a_name_is_in_the_api_reference_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    from api_pages import PACKAGE, page, submodules
+
+    for module in submodules(PACKAGE):
+        names = re.findall(r"^\.\. auto(?:class|function|data):: ([\w.]+)$", page(module), re.M)
+        found = [name.rpartition(".")[2] for name in names]
+        assert len(set(found)) == len(found), module.__name__
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_code_on_a_page_is_python(page: Path):
     for cell in cells(page):

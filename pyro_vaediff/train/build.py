@@ -33,9 +33,9 @@ from ..priors import (
 )
 from ..schedules import LinearSchedule, Schedule, make_schedule
 from ..vae import VAE
-from .config import DENOISERS, ModelConfig
+from .config import ModelConfig
 
-__all__ = ["DENOISERS", "make_prior", "make_vae"]
+__all__ = ["make_prior", "make_vae"]
 
 
 def make_prior(config: ModelConfig) -> Prior:

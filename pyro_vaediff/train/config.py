@@ -15,11 +15,10 @@ from ..arguments import check_nonnegative, check_seed
 from ..data import DATASETS
 from ..evaluate import EXTRACTORS
 from ..infer import ESTIMATORS, PROPOSALS, REWEIGHTINGS
-from .model_config import DENOISERS, DIFFUSION, ModelConfig, Users
+from .model_config import DIFFUSION, ModelConfig, Users
 from .options import Checked, choice, number, option, positive, whole
 
 __all__ = [
-    "DENOISERS",
     "DataConfig",
     "EstimatorConfig",
     "ModelConfig",
