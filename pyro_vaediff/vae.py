@@ -17,7 +17,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from .arguments import check_whole
-from .priors import Prior
+from .priors import HierarchicalPrior, Prior
 from .priors.base import call
 from .register import register
 
@@ -152,6 +152,16 @@ class VAE(nn.Module):
             q_z0 = call(self.encoder, x, c)
         with pyro.plate("data", count(x, c), dim=-1):
             return call(self.prior.guide, q_z0, c)
+
+
+def posterior(vae: VAE, x: Tensor, c: Tensor | None = None) -> Any:
+    r"""Returns :math:`q(z_0 | x)`, which a hierarchy has not: only that of each group, in turn."""
+    if isinstance(vae.prior, HierarchicalPrior):
+        raise ValueError(
+            "a HierarchicalPrior has no single q(z_0 | x): use evaluate for the bound, "
+            "importance_weighted_bound for log p(x) and reconstruct for images"
+        )
+    return call(vae.encoder, x, c)
 
 
 def checked(name: str, fn: Any) -> dist.TorchDistribution:

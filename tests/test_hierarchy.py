@@ -15,12 +15,12 @@ from unbiased import assert_unbiased, draws, exact_values
 
 from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior
 from pyro_vaediff.diffusion import kl_normal
-from pyro_vaediff.evaluate import active_units
+from pyro_vaediff.evaluate import active_units, elbo_surgery, kl_by_timestep, log_likelihood
 from pyro_vaediff.infer import Timestep_ELBO, TraceKL_ELBO, check_mean_field, elbo_terms
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import LadderEncoder, ResNetDecoder, TimeAdapter, ladder_path
 from pyro_vaediff.priors import ConditionalGaussianPrior, HierarchicalPrior
-from pyro_vaediff.sampling import reconstruct
+from pyro_vaediff.sampling import interpolate, reconstruct
 from pyro_vaediff.schedules import Schedule
 from pyro_vaediff.testing import (
     LinearDenoiser,
@@ -282,6 +282,24 @@ def test_hierarchies_that_are_refused(x):
         HierarchicalPrior([GaussianPrior(2)], [Join(), Join()], 2)
     with one_line_value_error("a ConditionalGaussianPrior needs a context"):
         ConditionalGaussianPrior(2, nn.Linear(2, 4)).distribution()
+    with one_line_value_error("each of groups must be a Prior, got a Linear"):
+        HierarchicalPrior([GaussianPrior(2), nn.Linear(2, 2)], [Join(), Join()], 4)
+    with one_line_value_error(r"must return tensors of shape \(N, 4\), got \(3, 2\)"):
+        ConditionalGaussianPrior(2, nn.Linear(2, 2)).distribution(torch.zeros(3, 2))
+    vae = linear_hierarchy("top").to(x.device)
+    vae.encoder = LinearGaussian(3, 3, log_scale=0.0).to(x.device)
+    with one_line_value_error("encoder of a hierarchy must return a function.*, got a Independent"):
+        Timestep_ELBO().loss(vae.model, vae.guide, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [log_likelihood, elbo_surgery, kl_by_timestep, lambda vae, x: interpolate(vae, x, x)],
+)
+def test_what_needs_a_single_posterior_refuses_a_hierarchy(x, function):
+    vae = linear_hierarchy("top").to(x.device)
+    with one_line_value_error("HierarchicalPrior.*: use "):
+        function(vae, x)
 
 
 # --- What the groups are used for -----------------------------------------------------------------
@@ -323,6 +341,12 @@ def test_reconstructions_from_the_top_groups(device):
     first = reconstruct(vae, x, num_groups=1)
     torch.manual_seed(1)
     assert not torch.equal(first, reconstruct(vae, x, num_groups=1))  # the rest is drawn
+    for number in (0, 4):
+        with one_line_value_error(f"num_groups must be between 1 and 3, got {number}"):
+            reconstruct(vae, x, num_groups=number)
+    vae = linear_gaussian_vae().to(device)
+    with one_line_value_error("num_groups is for a HierarchicalPrior, got 1 and a DiffusionPrior"):
+        reconstruct(vae, torch.zeros(2, 3, dtype=torch.float64, device=device), num_groups=1)
 
 
 def test_the_terms_of_a_group_are_one_bar():

@@ -247,6 +247,10 @@ def test_outside_of_plates_there_is_one_sample(device, name):
         (lambda: VampPrior(None, 2, (2,), support=(1, 0)), r"support .* got \(1, 0\)"),
         (lambda: ResidualMLP(2, LinearSchedule(5), embedding_dim=3), "positive, got 3"),
         (lambda: make_backbone("cnn", 2, LinearSchedule(5)), "unknown denoiser 'cnn': .*mlp"),
+        (
+            lambda: make_backbone("vit", (1, 2, 2), LinearSchedule(5), context_features=(3, 2, 2)),
+            r"context_features must be a number for a denoiser 'vit', got \(3, 2, 2\)",
+        ),
         (lambda: MLPBackbone(2, embedding_dim=3), "even and positive, got 3"),
     ],
 )

@@ -248,6 +248,10 @@ def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
         (["--dataset", "mnist", "--root", "nowhere", "--latent-shape", "4", "5", "5"], "28 x 28"),
         (["--estimator", "trace", "--kl-warmup", "1"], "need an estimator with terms"),
         (["--denoiser", "unet"], "event_shape must be (C, h, w) for a UNetBackbone"),
+        (
+            ["--latent-groups", "8", "2x4x4", "--group-priors", "every", "--denoiser", "unet"],
+            "needs denoisers with images as context, got 'unet': leave denoiser out",
+        ),
     ],
     ids=str,
 )

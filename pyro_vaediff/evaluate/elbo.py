@@ -18,6 +18,7 @@ from ..infer import Estimator, Reweighted, Timestep_ELBO, elbo_terms
 from ..infer.terms import differentiable_terms
 from ..likelihoods import check_range
 from ..nn.modes import eval_mode
+from ..priors import HierarchicalPrior
 from ..vae import VAE
 
 __all__ = [
@@ -109,8 +110,12 @@ def kl_by_timestep(vae: VAE, x: Tensor, c: Tensor | None = None) -> Tensor:
         The KLs, with shape :math:`(T,)`.
 
     Raises:
-        ValueError: If :math:`q(z_0 | x)` is not Gaussian.
+        ValueError: If :math:`q(z_0 | x)` is not Gaussian, or there are several of it.
     """
+    if isinstance(vae.prior, HierarchicalPrior):
+        raise ValueError(
+            "vae.prior must be a DiffusionPrior, got a HierarchicalPrior: use evaluate"
+        )
     elbo = Timestep_ELBO("all", conditioning="x")
     with in_eval_mode(vae):
         terms = elbo_terms(vae.model, vae.guide, x, c, elbo=elbo)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import check_whole
 from ..priors import Prior
 from ..sampling.probability_flow import ProbabilityFlow
-from ..vae import VAE, call
+from ..vae import VAE, call, posterior
 from .elbo import Data, evaluating, in_batches
 
 __all__ = [
@@ -186,7 +186,7 @@ def importance_log_likelihood(
         | https://arxiv.org/abs/1509.00519
     """
     check_whole("num_samples", num_samples)
-    q_z0 = call(vae.encoder, x, c)
+    q_z0 = posterior(vae, x, c)
 
     def log_weight() -> Tensor:
         z_0 = q_z0()  # as a sample site draws it

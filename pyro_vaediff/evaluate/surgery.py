@@ -33,7 +33,7 @@ from ..arguments import check_choice, check_whole
 from ..diffusion import base_normal
 from ..infer import Timestep_ELBO, elbo_terms
 from ..priors import Prior
-from ..vae import VAE, call
+from ..vae import VAE, posterior
 from .elbo import Data, evaluating, in_batches, value_elbo
 from .likelihood import prior_log_prob
 
@@ -123,7 +123,7 @@ def elbo_surgery(
     posteriors, columns, is_bound = [], [], False
     with evaluating(vae, seed):
         for x, c_x in in_batches(vae, data, c, batch_size, progress and "ELBO surgery"):
-            q_z0 = call(vae.encoder, x, c_x)
+            q_z0 = posterior(vae, x, c_x)
             z_0 = q_z0.sample((num_samples,))
             try:
                 log_p = vae.prior.log_prob(z_0, c_x)

@@ -18,9 +18,9 @@ from .base import Prior, call
 
 __all__ = ["ConditionalGaussianPrior", "HierarchicalPrior", "Posterior"]
 
-#: The lazy posterior of data: a function from the number of a group (from 1), the state of the path
-#: above it (``None`` for the first) and the normals of its prior, if that is a Gaussian given the
-#: state (else ``None``), to :math:`q(z^l | z^{<l}, x)`.
+#: The lazy posterior of data, which is a function from the number of a group (from 1), the state of
+#: the path above it (``None`` for the first) and the normals of its prior, if that is a Gaussian
+#: given the state (else ``None``), to :math:`q(z^l | z^{<l}, x)`.
 Posterior = Callable[
     [int, Tensor | None, torch.distributions.Normal | None], dist.TorchDistribution
 ]
@@ -54,12 +54,18 @@ class ConditionalGaussianPrior(Prior):
         r"""Returns :math:`p(z_0 | c)`.
 
         Raises:
-            ValueError: If there is no context.
+            ValueError: If there is no context, or the network returns another shape.
         """
         if c is None:
             raise ValueError("a ConditionalGaussianPrior needs a context, got None")
         n = self.event_dim  # that of a context as well
         outputs = upcast(self.net(c.reshape(-1, *c.shape[-n:])))
+        channels, *sides = self.event_shape
+        if outputs.shape[1:] != (2 * channels, *sides):
+            raise ValueError(
+                "the net of a ConditionalGaussianPrior must return tensors of shape (N, "
+                f"{', '.join(map(str, (2 * channels, *sides)))}), got {tuple(outputs.shape)}"
+            )
         loc, raw = outputs.reshape(*c.shape[:-n], *outputs.shape[1:]).chunk(2, dim=-n)
         scale = bounded_scale(raw, self.min_scale, self.max_scale)
         return dist.Normal(loc, scale).to_event(n)
@@ -90,6 +96,9 @@ class HierarchicalPrior(Prior):
         path: For each group, the module :math:`f_l`. It is called as ``f(h, z)``, the first one as
             ``f(None, z)``, and maps tensors of shape :math:`(*, \dots)` to such.
         event_shape: The shape of the last state :math:`h_L`.
+
+    Raises:
+        ValueError: If a group is no prior, or there are not as many groups as modules.
 
     References:
         | Ladder Variational Autoencoders (Sønderby et al., 2016)
@@ -122,6 +131,9 @@ class HierarchicalPrior(Prior):
             raise ValueError(
                 f"groups and path must have one entry per group, got {len(groups)} and {len(path)}"
             )
+        for group in groups:
+            if not isinstance(group, Prior):
+                raise ValueError(f"each of groups must be a Prior, got a {type(group).__name__}")
         self.groups, self.path = nn.ModuleList(groups), nn.ModuleList(path)
 
     def model(self, c: Tensor | None = None) -> Tensor:
@@ -134,6 +146,11 @@ class HierarchicalPrior(Prior):
         return h
 
     def guide(self, posterior: Posterior, c: Tensor | None = None) -> Tensor:
+        if not callable(posterior) or isinstance(posterior, torch.distributions.Distribution):
+            raise ValueError(
+                "the encoder of a hierarchy must return a function of a group's number, the state "
+                f"above it and its prior's normals, got a {type(posterior).__name__}"
+            )
         h: Any = c
         for group, prior, step in self.steps():
             q = posterior(group, h, self.gaussian(prior, h))
@@ -151,7 +168,14 @@ class HierarchicalPrior(Prior):
             posterior: The posterior of the data.
             num_groups: The number of groups from the top whose means are kept; all by default.
             c: The context of the first group, with shape :math:`(B, F)`.
+
+        Raises:
+            ValueError: If there are not so many groups.
         """
+        if num_groups is not None and num_groups not in range(1, len(self.groups) + 1):
+            raise ValueError(
+                f"num_groups must be between 1 and {len(self.groups)}, got {num_groups!r}"
+            )
         h: Any = c
         for group, prior, step in self.steps():
             if num_groups is None or group <= num_groups:

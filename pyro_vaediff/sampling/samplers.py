@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_whole
 from ..priors import DiffusionPrior, HierarchicalPrior, Prior
-from ..vae import VAE, call
+from ..vae import VAE, call, posterior
 
 __all__ = ["ddim", "interpolate", "point", "reconstruct", "sample", "trajectory"]
 
@@ -146,8 +146,16 @@ def reconstruct(
 
     Returns:
         The reconstructions, with the shape of ``x``.
+
+    Raises:
+        ValueError: If there are not so many groups.
     """
     q = call(vae.encoder, x, c)
+    if num_groups is not None and not isinstance(vae.prior, HierarchicalPrior):
+        raise ValueError(
+            f"num_groups is for a HierarchicalPrior, got {num_groups} and a "
+            f"{type(vae.prior).__name__}: leave it out"
+        )
     if isinstance(vae.prior, HierarchicalPrior):
         with pyro.get_param_store().scope():
             z_0 = vae.prior.reconstruct(q, num_groups, c)
@@ -175,7 +183,7 @@ def interpolate(
     check_whole("num_frames", num_frames, least=2)
     if x.shape != y.shape:
         raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
-    start, end = (point(call(vae.encoder, v, c)) for v in (x, y))
+    start, end = (point(posterior(vae, v, c)) for v in (x, y))
     weights = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
     z_0 = torch.lerp(start, end, weights.reshape(-1, *[1] * start.ndim)).flatten(0, 1)
     c = None if c is None else c.repeat(num_frames, *[1] * (c.ndim - 1))

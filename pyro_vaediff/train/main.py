@@ -17,6 +17,7 @@ The run directory (``--out``) then holds
     terms.csv               the negative ELBO of the test images, term by term
     samples.png             samples of the prior, decoded; by class with --condition labels
     reconstructions.png     test images and their reconstructions
+    groups.png              what the top groups of latents keep of an image (hierarchy)
     denoising.png           z_T -> z_0, decoded on the way                     (diffusion prior)
     kl_by_timestep.png      where in time the KL divergence is, also as a .csv (diffusion prior)
     history.png, terms.png  the losses by epoch, and the terms of the ELBO as a stack

@@ -109,6 +109,11 @@ class ModelConfig(Checked):
             )
         if self.latent_groups and self.noise_log_snr is not None:
             raise ValueError("noise_log_snr is for a single group of latents: leave it out")
+        if self.group_priors == "every" and self.denoiser not in (None, "conv", "preconditioned"):
+            raise ValueError(
+                f"group_priors='every' needs denoisers with images as context, got "
+                f"{self.denoiser!r}: leave denoiser out"
+            )
         if self.latent_groups and self.prior == "vamp":
             raise ValueError("prior='vamp' has no hierarchy: its encoder would need one of its own")
         _ = self.event_shape, self.groups  # which are checked as they are read
