@@ -98,7 +98,7 @@ def test_copies_are_the_same_vae_with_gradients_per_datum(vae, x):
         (LinearDenoiser, {"event_shape": 0, "num_timesteps": 1}, "event_shape must be .* got 0"),
         (LinearDenoiser, {"event_shape": 1, "num_timesteps": 0}, "num_timesteps must be .* got 0"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_networks_need_sizes_and_known_options(make, options, match):
     last = {LinearGaussian: {"log_scale": 0.0}, LinearDenoiser: {"learned_variance": False}}
