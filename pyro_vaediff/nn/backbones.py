@@ -286,10 +286,8 @@ def make_backbone(
     """
     check_choice("denoiser", name, BACKBONES)
     if name != "conv" and not isinstance(context_features, int):
-        raise ValueError(
-            f"context_features must be a number for a denoiser {name!r}, got "
-            f"{tuple(context_features)}: that of contexts that are images is 'conv'"
-        )
+        shape = tuple(context_features)
+        raise ValueError(f"context_features must be a number for a denoiser {name!r}, got {shape}")
     options: dict[str, Any] = {"num_outputs": num_outputs, "context_features": context_features}
     if name == "mlp":
         widths = (300, 300, 300) if width is None else (width,) * 3
