@@ -34,7 +34,7 @@ from pyro.distributions.util import scale_and_mask
 from study import statistic, table
 from torch import Tensor
 
-from pyro_vaediff.arguments import folder
+from pyro_vaediff.arguments import check_seed, check_whole, folder
 from pyro_vaediff.data import ImageData, load
 from pyro_vaediff.diffusion import base_normal, kl_normal
 from pyro_vaediff.evaluate import active_units, evaluate, preprocess, value_elbo
@@ -182,6 +182,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_folder("--out", args.out)
+    for name in ("epochs", "points"):
+        check_whole(name, getattr(args, name))
+    for seed in args.seeds:
+        check_seed(seed, "each of --seeds")
     data, rows = load("digits", limit=args.limit), []
     for seed in args.seeds:
         for name in objectives(args.k):

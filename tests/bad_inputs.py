@@ -721,6 +721,16 @@ SCRIPTS = {
             r".*settings\.json is damaged, mend or remove it: .*",
         ),
     ],
+    "collapse.py": [
+        ("--epochs 0", "epochs must be a whole number >= 1, got 0"),
+        ("--points 0", "points must be a whole number >= 1, got 0"),
+        ("--k 0", "k must be a whole number >= 1, got 0"),
+        ("--width 0", "width must be a whole number >= 1, got 0"),
+        ("--limit 0", "limit must be a whole number >= 1, got 0"),
+        ("--seeds 0 -1", "each of --seeds must be a whole number in .*, got -1"),
+        ("--device tpu", "argument --device: 'tpu' is .*"),
+        ("--out {file}", "--out .*file: .*file is a file: choose a folder"),
+    ],
     "benchmark.py": [
         ("--repeats 1", "--repeats must be at least 2, got 1"),
         ("--configurations mnist", "argument --configurations: invalid choice: .*"),

@@ -35,9 +35,8 @@ __all__ = ["Trainer"]
 class Trainer(SavedRun):
     r"""A training run of any VAE, from its start or from its last checkpoint.
 
-    It is one run in all processes of a :func:`~pyro_vaediff.train.distributed.process_group`:
-    each has a trainer with the same arguments, and computes its share of every batch. The main
-    process writes the files.
+    It is one run in all processes of a :func:`~pyro_vaediff.train.distributed.process_group`: each
+    has a trainer with the same arguments and its share of every batch, the main one writes files.
 
     Arguments:
         vae: The VAE, which is moved to the device and trained in place.
@@ -67,12 +66,11 @@ class Trainer(SavedRun):
     Example:
         A callback that writes to TensorBoard::
 
-            writer = torch.utils.tensorboard.SummaryWriter("runs/mine")
-
             def log(record):
                 for name, value in record.items():
                     writer.add_scalar(name, value, record["epoch"])
 
+            writer = torch.utils.tensorboard.SummaryWriter("runs/mine")
             Trainer(vae, data, Timestep_ELBO(), on_epoch=log, out="runs/mine").fit()
     """
 
@@ -96,10 +94,10 @@ class Trainer(SavedRun):
         self.config = config = TrainConfig() if config is None else config
         if not isinstance(elbo, pyro.infer.ELBO):
             raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
-        levels = getattr(data, "levels", None)
-        if vae.space is not None and levels not in (None, vae.space.levels):
+        levels, space = getattr(data, "levels", None), vae.space
+        if space is not None and levels not in (None, space.levels):
             raise ValueError(
-                f"levels of vae.space must be that of the data, {levels}, got {vae.space.levels}"
+                f"levels of vae.space must be that of the data, {levels}, got {space.levels}"
             )
         self.device = torch.device(device)
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
@@ -176,8 +174,7 @@ class Trainer(SavedRun):
     def fit(self, progress: bool = True) -> VAE:
         r"""Trains until the last epoch and returns the best model, in eval mode.
 
-        Each epoch ends with the negative ELBO of the validation images, which decides which model
-        is the best, and with a checkpoint.
+        Each epoch ends with a checkpoint, and with the validation that decides which is the best.
 
         Arguments:
             progress: Whether to show a progress bar.
@@ -217,7 +214,8 @@ class Trainer(SavedRun):
         bf16 = self.config.precision == "bf16"
         # Reading a value waits for a GPU, hence only now and then.
         check_every = 1 if self.device.type == "cpu" else 20
-        total, start = None, time.perf_counter() - self.seconds
+        total: Any = 0.0
+        start = time.perf_counter() - self.seconds
         loader = self.data.train.minibatches(
             self.batch_size, self.device, self.data.flip, self.seed_epoch()
         )
@@ -234,9 +232,9 @@ class Trainer(SavedRun):
                 terms = svi.loss.terms
                 values = torch.stack([*terms.values(), self.optim.grad_norm])
                 # A sum remembers that one of its terms was not finite.
-                total = values if total is None else total + values
-                over = self.steps == self.config.max_steps
-                over = over or self.is_late(time.perf_counter() - start)
+                total = total + values
+                late = self.is_late(time.perf_counter() - start)
+                over = late or self.steps == self.config.max_steps
                 if step % check_every == 0 or step == self.steps_per_epoch or over:
                     self.check_finite(terms, total.tolist(), step)
                     bar.set_postfix_str(describe(terms), refresh=False)
@@ -244,7 +242,6 @@ class Trainer(SavedRun):
                 if over:
                     break
         self.synchronize()
-        assert total is not None  # there is a step
         means = (total / step).tolist()
         # The prior alone has no reconstruction, hence no negative ELBO.
         record = {} if svi is self.prior_svi else {"train": sum(means[:-1])}
