@@ -251,7 +251,7 @@ def make_plan(
     check_whole("width", width)
     check_choice("norm", norm, _NORMS)
 
-    halvings = max(1, round(math.log2(min(image_shape[1:]) / 4)))
+    halvings = count_halvings(image_shape)
     # A small image is halved only once, which is little capacity even for digits, so that a
     # convolution at full size comes first.
     kernels = ([_KEEP] if halvings == 1 else []) + [_HALVE] * halvings
@@ -262,10 +262,22 @@ def make_plan(
             f"channels must be {len(kernels)} positive ints for {min(image_shape[1:])} pixels, "
             f"got {tuple(channels)}"
         )
+    return Plan(kernels, tuple(channels), *halved(image_shape, halvings))
+
+
+def count_halvings(image_shape: Sequence[int]) -> int:
+    r"""Returns how often an image is halved until its shorter side has 3 to 6 pixels."""
+    return max(1, round(math.log2(min(image_shape[1:]) / 4)))
+
+
+def halved(
+    image_shape: Sequence[int], halvings: int
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    r"""Returns the height and width after some halvings, and the zeros around the image for it."""
     height, width = (math.ceil(side / 2**halvings) for side in image_shape[1:])
     rows, columns = (height << halvings) - image_shape[1], (width << halvings) - image_shape[2]
     pad = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-    return Plan(kernels, tuple(channels), (height, width), pad)
+    return (height, width), pad
 
 
 def initialized(conv: nn.Conv2d | nn.ConvTranspose2d, activation: type[nn.Module]) -> nn.Module:

@@ -50,6 +50,8 @@ class NoiseMatched(nn.Module):
         if not math.isfinite(log_snr):
             raise ValueError(f"log_snr must be finite, got {log_snr}")
         self.encoder, self.log_snr = encoder, log_snr
+        double = torch.tensor(log_snr, dtype=torch.float64)
+        self.signal, self.noise = (torch.sigmoid(s * double).sqrt().item() for s in (1, -1))
 
     def forward(self, x: Tensor, *context: Tensor) -> TorchDistribution:
         r"""Returns :math:`q(z_0 | x)`.
@@ -59,7 +61,5 @@ class NoiseMatched(nn.Module):
             context: The context, if there is one.
         """
         q = self.encoder(x, *context)
-        log_snr = torch.tensor(self.log_snr, dtype=torch.float64)
-        signal, noise = (torch.sigmoid(s * log_snr).sqrt().item() for s in (1, -1))
         mean = q.mean
-        return dist.Normal(signal * mean, noise).expand(mean.shape).to_event(q.event_dim)
+        return dist.Normal(self.signal * mean, self.noise).expand(mean.shape).to_event(q.event_dim)

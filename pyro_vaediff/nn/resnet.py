@@ -25,7 +25,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ..arguments import as_shape, check_ends, check_whole
-from .conv import check_image_size
+from .conv import check_image_size, count_halvings, halved
 from .mlp import zero_last
 from .vectors import Head, check_scales, gaussian, with_context
 
@@ -91,8 +91,8 @@ def make_ladder(image_shape: Sequence[int], latent_shape: Sequence[int], width: 
     check_image_size(*image_shape[1:])
     check_whole("width", width)
     shape, (height, columns) = as_shape("latent_shape", latent_shape), image_shape[1:]
-    deepest = max(1, round(math.log2(min(height, columns) / 4)))
-    sizes = [(math.ceil(height / 2**n), math.ceil(columns / 2**n)) for n in range(1, deepest + 2)]
+    deepest = count_halvings(image_shape)
+    sizes = [halved(image_shape, n)[0] for n in range(1, deepest + 2)]
     if len(shape) == 1:
         halvings = deepest
     elif len(shape) == 3 and tuple(shape[1:]) in sizes:
@@ -103,10 +103,8 @@ def make_ladder(image_shape: Sequence[int], latent_shape: Sequence[int], width: 
             f"latent_shape must be D or C h w, where images of {height} x {columns} pixels halve "
             f"to h x w = {choices}, got {' '.join(map(str, shape))}"
         )
-    sides = sizes[halvings - 1]
-    rows, extra = (sides[0] << halvings) - height, (sides[1] << halvings) - columns
-    pad = (extra // 2, extra - extra // 2, rows // 2, rows - rows // 2)
-    return Ladder(tuple(width * min(2**i, 4) for i in range(halvings)), sides, pad)
+    channels = tuple(width * min(2**i, 4) for i in range(halvings))
+    return Ladder(channels, *halved(image_shape, halvings))
 
 
 class ResNetEncoder(nn.Module):

@@ -214,8 +214,7 @@ class Schedule(Tables):
         if is_index(t):
             alpha_bar, one_minus = self.alphas_cumprod, self.one_minus_alphas_cumprod
             return at_time(alpha_bar, t, event_dim), at_time(one_minus, t, event_dim)
-        start = self.time(torch.zeros((), dtype=torch.int64))
-        log_alpha_bar = self.log_alpha(self.time(t), start)[(...,) + (None,) * event_dim]
+        log_alpha_bar = self.log_alpha(self.time(t), self.time(0))[(...,) + (None,) * event_dim]
         return log_alpha_bar.exp().to(self.betas), -torch.expm1(log_alpha_bar).to(self.betas)
 
     def beta(self, t: Times, s: Times | None = None, event_dim: int = 1) -> Tensor:

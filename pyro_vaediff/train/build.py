@@ -137,7 +137,6 @@ def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Modul
 
 def make_vae(config: ModelConfig) -> VAE:
     r"""Returns the VAE of a configuration, freshly initialized."""
-    config.check_sizes()
     likelihood = make_likelihood(config.likelihood, tuple(config.image_shape), config.levels)
     encoder, decoder = make_networks(config, likelihood)
     if config.noise_log_snr is not None:

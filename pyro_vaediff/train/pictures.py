@@ -109,18 +109,13 @@ def save_groups(vae: VAE, x: Tensor, path: Path) -> None:
         x: The images in x-space, with shape :math:`(B, C, H, W)`.
         path: The path of the picture.
     """
-    space, count = pixel_space(vae), len(groups_of(vae))
+    assert isinstance(vae.prior, HierarchicalPrior)
+    space, count = pixel_space(vae), len(vae.prior.groups)
     columns = [x, *(reconstruct(vae, x, num_groups=n) for n in range(1, count + 1))]
     labels = ["x", *(f"1 to {n}" if n > 1 else "group 1" for n in range(1, count + 1))]
     frames = torch.stack([space.to_unit(column) for column in columns], dim=1)
     title = "What the groups of latents keep of an image"
     plotting.save_strip(frames, path, labels, title)
-
-
-def groups_of(vae: VAE) -> list[Prior]:
-    r"""Returns the priors of the groups of a hierarchy; the prior itself if there is none."""
-    prior = vae.prior
-    return [p for _, p, _ in prior.steps()] if isinstance(prior, HierarchicalPrior) else [prior]
 
 
 def below(vae: VAE, z: Tensor) -> Tensor:
