@@ -8,10 +8,10 @@ import pickle
 import sys
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from errors import one_line_value_error
+from image_latents import EVENT, Decoder, Encoder
 from pyro.infer import Trace_ELBO
 from torch import nn
 
@@ -145,26 +145,6 @@ def test_it_learns_a_mean_over_all_pixels(device, name):
 
 
 # --- In programs ----------------------------------------------------------------------------------
-
-EVENT = (2, 4, 4)
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(3, 32)
-
-    def forward(self, x):
-        return dist.Normal(self.net(x).unflatten(-1, EVENT), 0.5).to_event(3)
-
-
-class Decoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(32, 3)
-
-    def forward(self, z):
-        return dist.Normal(self.net(z.flatten(-3)), 1.0).to_event(1)
 
 
 @pytest.mark.parametrize("name", NAMES)

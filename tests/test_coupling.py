@@ -13,6 +13,8 @@ import pytest
 import torch
 import zuko
 from errors import one_line_value_error
+from image_latents import EVENT, Decoder, Encoder
+from plates import check_sites_in_plates
 from pyro.infer import Trace_ELBO
 from torch import nn
 
@@ -182,19 +184,8 @@ def test_the_context_moves_the_density(device):
 @pytest.mark.parametrize("context", [0, 2])
 def test_sites_in_plates_of_data_and_of_particles(device, context):
     prior = make_flow(device, (2, 1, 3), context=context)
-    c = context_of(prior, 4)
-
-    def model():
-        with pyro.plate("particles", 5, dim=-2), pyro.plate("data", 4, dim=-1):
-            return prior.model(c)
-
-    trace = pyro.poutine.trace(model).get_trace()
-    trace.compute_log_prob()
-    z = trace.nodes["z_0"]["value"]
+    _, z = check_sites_in_plates(prior, context_of(prior, 4))
     assert z.shape == (5, 4, 2, 1, 3)
-    for i in range(4):  # each datum by itself, in its own context
-        expected = prior.log_prob(z[:, i], None if c is None else c[i])
-        torch.testing.assert_close(trace.nodes["z_0"]["log_prob"][:, i], expected)
 
 
 # --- Training, and programs -----------------------------------------------------------------------
@@ -224,18 +215,6 @@ def test_it_learns_a_correlated_image(device):
     assert entropy - 5 * se < losses.mean() < (entropy + independent) / 2
 
 
-EVENT = (2, 4, 4)
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(3, 32)
-
-    def forward(self, x):
-        return dist.Normal(self.net(x).unflatten(-1, EVENT), 0.5).to_event(3)
-
-
 class FlowEncoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -243,15 +222,6 @@ class FlowEncoder(nn.Module):
 
     def forward(self, x):
         return FlowDistribution(self.flow(x), EVENT)
-
-
-class Decoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(32, 3)
-
-    def forward(self, z):
-        return dist.Normal(self.net(z.flatten(-3)), 1.0).to_event(1)
 
 
 @pytest.mark.parametrize("make_elbo", [Trace_ELBO, TraceKL_ELBO, Timestep_ELBO])

@@ -8,6 +8,7 @@ import pickle
 import pyro
 import pytest
 import torch
+from plates import check_sites_in_plates
 from pyro.infer import Predictive
 from torch import nn
 
@@ -202,18 +203,8 @@ def test_a_posterior_takes_one_evaluation_of_each_network(device):
 def test_sites_in_plates_of_data_and_of_particles(device, context):
     prior = make_flow(device, (1, 3), context=context)
     c = context_of(prior, 4)
-
-    def model():
-        with pyro.plate("particles", 5, dim=-2), pyro.plate("data", 4, dim=-1):
-            return prior.model(c)
-
-    trace = pyro.poutine.trace(model).get_trace()
-    trace.compute_log_prob()
-    z = trace.nodes["z_0"]["value"]
+    model, z = check_sites_in_plates(prior, c)
     assert z.shape == (5, 4, 1, 3)
-    for i in range(4):  # each datum by itself, in its own context
-        expected = prior.log_prob(z[:, i], None if c is None else c[i])
-        torch.testing.assert_close(trace.nodes["z_0"]["log_prob"][:, i], expected)
     observed = pyro.poutine.condition(model, {"z_0": torch.zeros_like(z)})
     expected = 5 * prior.log_prob(torch.zeros_like(z[0]), c).sum()
     trace = pyro.poutine.trace(observed).get_trace()

@@ -18,19 +18,17 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..arguments import as_image, check_whole
-from .embeddings import LogSNRFeatures
+from ..arguments import check_whole
+from .images import ImageBackbone
 from .mlp import zero_last
-from .vectors import with_context
 
 __all__ = ["DiTBackbone", "UNetBackbone", "ViTBackbone"]
 
 
-class Modulated(nn.Module):
+class Modulated(ImageBackbone):
     r"""A backbone around a network of azula's, called as ``net(z, mod)``.
 
     Arguments:
@@ -51,26 +49,14 @@ class Modulated(nn.Module):
         num_outputs: int,
         context_features: int,
     ):
-        super().__init__()
-        self.event_shape = torch.Size(as_image("event_shape", event_shape, type(self).__name__))
-        self.num_outputs, self.context_features = num_outputs, context_features
-        self.embedding = LogSNRFeatures(log_snr_range, self.embedding_dim)
+        super().__init__(
+            event_shape, log_snr_range, num_outputs, self.embedding_dim, context_features
+        )
         inputs = self.embedding_dim + context_features
         self.modulation = nn.Sequential(nn.Linear(inputs, self.mod_features), nn.SiLU())
 
-    def forward(
-        self, z: Tensor, log_snr: Tensor, c: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, ...]:
-        r"""Returns the outputs.
-
-        Arguments:
-            z: The latents :math:`z_t`, with shape :math:`(N, C, h, w)`.
-            log_snr: The log-SNR, with shape :math:`(N,)`.
-            c: The context, with shape :math:`(N, F)`.
-        """
-        told = with_context(self.embedding(log_snr), c, self.context_features)
-        outputs = self.net(z, self.modulation(told)).split(self.event_shape[0], 1)
-        return outputs[0] if self.num_outputs == 1 else outputs
+    def maps(self, z: Tensor, told: Tensor) -> Tensor:
+        return self.net(z, self.modulation(told))
 
 
 class UNetBackbone(Modulated):
@@ -90,6 +76,7 @@ class UNetBackbone(Modulated):
         | https://arxiv.org/abs/1505.04597
 
     Example:
+        >>> import torch
         >>> net = UNetBackbone((4, 8, 5), num_outputs=2)
         >>> [out.shape for out in net(torch.randn(10, 4, 8, 5), torch.zeros(10))]
         [torch.Size([10, 4, 8, 5]), torch.Size([10, 4, 8, 5])]

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import as_image, as_shape, check_whole
-from .embeddings import LogSNRFeatures
+from ..arguments import as_shape, check_whole
+from .images import ImageBackbone
 from .mlp import zero_last
 from .resnet import ResidualBlock2d
-from .vectors import with_context
 
 __all__ = ["ConvBackbone"]
 
 
-class ConvBackbone(nn.Module):
+class ConvBackbone(ImageBackbone):
     r"""Residual blocks of convolutions at the resolution of the latents.
 
     Each block is told Fourier features of the log-SNR, and a context that is a vector. A context
@@ -50,20 +49,17 @@ class ConvBackbone(nn.Module):
         embedding_dim: int = 32,
         context_features: int | Sequence[int] = 0,
     ):
-        super().__init__()
-        self.event_shape = torch.Size(as_image("event_shape", event_shape, "ConvBackbone"))
+        shape = as_shape("context_features", context_features) if context_features else ()
+        channels, features = (shape[0] if len(shape) == n else 0 for n in (3, 1))
+        super().__init__(event_shape, log_snr_range, num_outputs, embedding_dim, features)
         check_whole("width", width)
         check_whole("num_blocks", num_blocks)
-        self.num_outputs = num_outputs
-        shape = as_shape("context_features", context_features) if context_features else ()
         if len(shape) > 1 and shape[1:] != self.event_shape[1:]:
             raise ValueError(
                 f"context_features must be F or (F, h, w) with the sides of the latents, "
                 f"{tuple(self.event_shape[1:])}, got {shape}"
             )
-        channels, features = (shape[0] if len(shape) == n else 0 for n in (3, 1))
-        self.vector_features, self.context_channels = features, channels
-        self.embedding = LogSNRFeatures(log_snr_range, embedding_dim)
+        self.context_channels = channels
         self.inputs = nn.Conv2d(self.event_shape[0] + channels, width, 3, padding=1)
         told = embedding_dim + features
         self.blocks = nn.ModuleList(ResidualBlock2d(width, told) for _ in range(num_blocks))
@@ -81,8 +77,10 @@ class ConvBackbone(nn.Module):
         """
         if self.context_channels and c is not None:
             z, c = torch.cat([z, c], 1), None
-        told, h = with_context(self.embedding(log_snr), c, self.vector_features), self.inputs(z)
+        return super().forward(z, log_snr, c)
+
+    def maps(self, z: Tensor, told: Tensor) -> Tensor:
+        h = self.inputs(z)
         for block in self.blocks:
             h = block(h, told)
-        outputs = self.outputs(F.silu(h)).split(self.event_shape[0], 1)
-        return outputs[0] if self.num_outputs == 1 else outputs
+        return self.outputs(F.silu(h))
