@@ -17,7 +17,7 @@ name               images                 train / validation / test    on disk, 
 =================  =====================  ===========================  ====================
 
 The test split is the official one. The validation split is CelebA's own or, elsewhere, a seeded
-tenth of the official train split. CelebA's three splits share no person.
+tenth of the official train split, or as many of its images as one asks for. CelebA's three splits share no person.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .splits import warn_of_copies
 
 __all__ = ["DATASETS", "ImageData", "batches", "load"]
 
+VALIDATED = ("mnist", "fashion-mnist", "cifar10")  # whose validation images are of our choice
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "celeba", "folder")
 
 
@@ -53,6 +54,7 @@ class ImageData:
         levels: The number of values that a pixel can take.
         horizontal_flip: Whether training flips images at random, as the paper does for CIFAR-10.
         groups: The name and the checksum of the list of groups that the splits keep apart, if any.
+        num_validation: The number of validation images that was asked for, if one was.
         train_labels: The class of each training image, ``int64`` with shape :math:`(N,)` and values
             in ``0 .. num_classes - 1``, or ``None``.
         validation_labels: Those of the validation images.
@@ -71,6 +73,7 @@ class ImageData:
     levels: int = 256
     horizontal_flip: bool = False
     groups: str | None = field(default=None, repr=False)
+    num_validation: int | None = field(default=None, repr=False)
     train_labels: Tensor | None = field(default=None, repr=False)
     validation_labels: Tensor | None = field(default=None, repr=False)
     test_labels: Tensor | None = field(default=None, repr=False)
@@ -136,6 +139,7 @@ def load(
     seed: int = 0,
     limit: int | None = None,
     groups: str | Path | None = None,
+    num_validation: int | None = None,
 ) -> ImageData:
     r"""Returns a data set, loaded into memory.
 
@@ -171,6 +175,9 @@ def load(
         groups: For ``"folder"``, a text file with lines ``FILE GROUP``, such as CelebA's
             ``identity_CelebA.txt``. A file is named by its path relative to ``root`` or by its name
             alone. All images must be listed; other files may be.
+        num_validation: For ``"mnist"``, ``"fashion-mnist"`` and ``"cifar10"``, the number of
+            training images that are kept for validation, in place of a tenth of them. Published
+            likelihoods of the first two are with 10,000.
 
     Returns:
         The three splits, with labels where there are any. A warning says if they share an image.
@@ -195,7 +202,8 @@ def load(
         torch.Size([1197, 1, 8, 8])
     """
     check_choice("data set", name, DATASETS)
-    for argument, value in (("image_size", image_size), ("limit", limit)):
+    numbers = {"image_size": image_size, "limit": limit, "num_validation": num_validation}
+    for argument, value in numbers.items():
         if value is not None:
             check_whole(argument, value)
     check_seed(seed)
@@ -205,6 +213,11 @@ def load(
         raise ValueError(
             f"groups={str(groups)!r} is for the data set 'folder', not {name!r}: leave it out "
             "(--groups)"
+        )
+    if num_validation is not None and name not in VALIDATED:
+        raise ValueError(
+            f"num_validation={num_validation} is for {', '.join(VALIDATED)}, not {name!r}: leave "
+            "it out (--num-validation)"
         )
     root = Path(root).expanduser()
     options = {"image_size": image_size, "channels": channels, "limit": limit}
@@ -217,6 +230,7 @@ def load(
     elif name == "celeba":
         source = sources.celeba(root, **options, download=download)
     else:
+        options |= {"num_validation": num_validation}
         source = sources.from_torchvision(name, root, **options, download=download, seed=seed)
     if name != "celeba":  # its splits are official, and to read them all takes seconds
         warn_of_copies(name, *source.images)
@@ -227,6 +241,7 @@ def load(
         levels=17 if name == "digits" else 256,
         horizontal_flip=name == "cifar10",
         groups=None if listed is None else list_name(listed),
+        num_validation=num_validation,
         train_labels=train_labels,
         validation_labels=validation_labels,
         test_labels=test_labels,

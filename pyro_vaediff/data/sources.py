@@ -64,10 +64,12 @@ def from_torchvision(
     image_size: int | None,
     channels: int | None,
     limit: int | None,
+    num_validation: int | None,
     download: bool,
     seed: int,
 ) -> Source:
-    r"""Returns MNIST, Fashion-MNIST or CIFAR-10; a tenth of the train split is for validation.
+    r"""Returns MNIST, Fashion-MNIST or CIFAR-10; a tenth of the train split is for validation,
+    unless the number is given.
 
     CIFAR-10's files are pickles. torchvision reads them only after their MD5 sums were found to be
     those of the official ones, so that no other pickle is ever opened.
@@ -75,7 +77,12 @@ def from_torchvision(
     train = _torchvision(name, root, download=download, train=True)
     test = _torchvision(name, root, download=download, train=False)
     order = permutation(len(train.data), seed).numpy()
-    held_out = max(1, len(order) // 10)
+    held_out = num_validation or max(1, len(order) // 10)
+    if held_out >= len(order):
+        raise ValueError(
+            f"num_validation must be less than the {len(order)} training images of {name}, got "
+            f"{num_validation}"
+        )
 
     def cut(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, ...]:
         return train[order[held_out:][:limit]], train[order[:held_out][:limit]], test[:limit]

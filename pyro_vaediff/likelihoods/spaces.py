@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class PixelSpace:
     """
 
     levels: int = 256
+    #: The interval that x-space is in.
+    support: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -91,6 +94,8 @@ class DequantizedSpace(PixelSpace):
 
 class BinarizedSpace(PixelSpace):
     r"""The values 0 and 1, where a pixel is 1 with probability u / (levels - 1)."""
+
+    support = (0.0, 1.0)
 
     def to_x(self, u: Tensor) -> Tensor:
         return (torch.rand_like(u) < u / (self.levels - 1)).to(u.dtype)

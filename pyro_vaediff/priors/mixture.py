@@ -157,7 +157,8 @@ class VampPrior(Prior):
         components = encoder(u)
         self.check_posterior(components)
         weights = dist.Categorical(logits=upcast(self.origin).new_zeros(len(u)))
-        return dist.MixtureSameFamily(weights, components)
+        normal = isinstance(getattr(components, "base_dist", None), dist.Normal)
+        return (GaussianMixture if normal else dist.MixtureSameFamily)(weights, components)
 
     def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)

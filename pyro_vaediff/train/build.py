@@ -13,6 +13,8 @@ from ..nn import (
     ConvEncoder,
     LadderEncoder,
     LadderStep,
+    MLPDecoder,
+    MLPEncoder,
     NoiseMatched,
     ResNetDecoder,
     ResNetEncoder,
@@ -52,7 +54,9 @@ def make_prior(config: ModelConfig) -> Prior:
     if config.prior == "vamp":
         if config.num_classes:
             raise ValueError("prior='vamp' takes no labels: leave out condition")
-        return VampPrior(None, shape, config.image_shape, config.num_components)
+        likelihood = make_likelihood(config.likelihood, tuple(config.image_shape), config.levels)
+        support = likelihood.space(config.levels).support
+        return VampPrior(None, shape, config.image_shape, config.num_components, support)
     if config.prior == "flow":
         widths = None if width is None else (width,) * 3
         return FlowPrior(shape, None, widths, config.num_classes, config.flow)
@@ -124,6 +128,10 @@ def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Modul
         if config.num_classes:
             raise ValueError("networks='paper' take no labels: leave out condition")
         return paper_encoder(image_shape, shape[0]), paper_decoder(shape[0], likelihood)
+    if config.networks == "mlp":
+        options = {"gated": True, "context_features": features}
+        encoder = MLPEncoder(image_shape, shape[0], **options)
+        return encoder, MLPDecoder(shape[0], likelihood, **options)
     if config.networks == "resnet" or len(shape) > 1:
         return (
             ResNetEncoder(image_shape, shape, width, blocks, context_features=features),

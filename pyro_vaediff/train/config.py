@@ -39,6 +39,11 @@ class DataConfig(Checked):
     root: str = option("data", "where the data are, or go")
     image_size: int | None = option(None, "resize and crop images to this many pixels", whole())
     limit: int | None = option(None, "use at most this many images per split", whole())
+    num_validation: int | None = option(
+        None,
+        "training images kept for validation (a tenth; mnist, fashion-mnist, cifar10)",
+        whole(),
+    )
     groups: Path | None = option(
         None,
         "folder: a list 'FILE GROUP' whose groups, such as persons, are kept in one split each",

@@ -24,7 +24,15 @@ from . import distributed
 from .build import make_vae
 from .config import ModelConfig, TrainConfig
 from .objective import make_objective, warm
-from .optim import TorchOptim, WeightAverage, learning_rate, make_svi, parameter_groups, per_datum
+from .optim import (
+    TorchOptim,
+    WeightAverage,
+    adam,
+    learning_rate,
+    make_svi,
+    parameter_groups,
+    per_datum,
+)
 from .saving import NonFiniteError, Record, SavedRun, describe
 from .splits import Splits
 from .start import initialize
@@ -54,8 +62,8 @@ class Trainer(SavedRun):
             whose prior if it is of the same kind.
         model_config: What the VAE was made from, for :func:`~pyro_vaediff.train.load_vae`. Without
             one, :func:`~pyro_vaediff.train.load_weights` loads the weights.
-        make_optimizer: A function from groups of parameters, each with its ``"lr"``, to a torch
-            optimizer; by default AdamW without weight decay.
+        make_optimizer: A function from groups of parameters, each with its ``"lr"``, to an
+            optimizer of torch; AdamW by default.
         on_epoch: What to do with the record of each epoch in the main process.
         on_step: What to do with the number of each step that has been taken, in every process.
         labels: Whether the labels of the images are the context, one-hot.
@@ -120,8 +128,8 @@ class Trainer(SavedRun):
         initialize(self.vae, self.data, init, config.seed)
         distributed.broadcast_([*vae.parameters(), *vae.buffers()])
         groups = parameter_groups(vae, config)
-        make = make_optimizer or (lambda groups: torch.optim.AdamW(groups, weight_decay=0.0))
-        optimizer, factor = make(groups), learning_rate(config, self.steps_per_epoch)
+        optimizer = (make_optimizer or adam)(groups)
+        factor = learning_rate(config, self.steps_per_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self.optim = TorchOptim(optimizer, config.clip_norm, scheduler)
 

@@ -197,6 +197,7 @@ def load_images(config: DataConfig, model: ModelConfig) -> ImageData:
             download=not config.no_download,
             limit=config.limit,
             groups=config.groups,
+            num_validation=config.num_validation,
         )
 
 

@@ -46,8 +46,9 @@ class ModelConfig(Checked):
     likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
     networks: str = option(
         "default",
-        "encoder and decoder; default is resnet for latents that are images",
-        choice(("default", "paper", "resnet")),
+        "encoder and decoder; default is resnet for latents that are images, mlp two gated layers "
+        "of 300 units",
+        choice(("default", "paper", "resnet", "mlp")),
     )
     width: int = option(32, "channels of the first convolution", whole())
     num_blocks: int = option(1, "residual blocks per resolution of a resnet", whole())
@@ -100,8 +101,10 @@ class ModelConfig(Checked):
         as_shape("image_shape", tuple(self.image_shape))
         if self.latent_shape and self.latent_groups:
             raise ValueError("latent_shape is that of one group: leave it out with latent_groups")
-        if self.networks == "paper" and (self.latent_shape or self.latent_groups):
-            raise ValueError("networks='paper' have a vector of latents: give latent_dim")
+        if self.networks in ("paper", "mlp") and (self.latent_shape or self.latent_groups):
+            raise ValueError(
+                f"networks={self.networks!r} have a vector of latents: give latent_dim"
+            )
         if self.group_priors == "every" and self.prior != "diffusion":
             raise ValueError(
                 f"group_priors='every' needs a prior with images as context, 'diffusion', got "

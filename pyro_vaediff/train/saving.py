@@ -173,6 +173,7 @@ class SavedRun:
                 "dataset": self.data.name,
                 "train_images": len(self.data.train),
                 "groups": self.data.groups,
+                "num_validation": self.data.num_validation,
                 "context": self.data.train.c is not None,
             },
             "estimator": describe_elbo(self.elbo),

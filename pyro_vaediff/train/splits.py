@@ -74,6 +74,7 @@ class Splits:
         name: The name of the data set, if :func:`~pyro_vaediff.data.load` can load it.
         flip: Whether training flips images at random.
         groups: What the splits keep apart, see :class:`~pyro_vaediff.data.ImageData`.
+        num_validation: The number of validation images, if it was chosen.
     """
 
     train: Split
@@ -81,6 +82,7 @@ class Splits:
     name: str | None = None
     flip: bool = False
     groups: str | None = None
+    num_validation: int | None = None
 
     @classmethod
     def of(cls, data: Any, labels: bool = False) -> Splits:
@@ -96,7 +98,8 @@ class Splits:
                 )
                 for name in ("train", "validation")
             )
-            return cls(train, validation, data.name, data.horizontal_flip, data.groups)
+            how = (data.horizontal_flip, data.groups, data.num_validation)
+            return cls(train, validation, data.name, *how)
         try:
             train, validation = (
                 Split(part) if isinstance(part, Tensor) else Split(*part) for part in data
