@@ -547,7 +547,7 @@ LIBRARY = [
     ),
     (
         lambda it: make_vae(ModelConfig(networks="unet")),
-        "unknown networks 'unet': choose one of default, paper, resnet",
+        "unknown networks 'unet': choose one of default, paper, resnet, mlp",
     ),
     (
         lambda it: it.trainer(model={"image_shape": (3, 8, 8)}),

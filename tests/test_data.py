@@ -76,6 +76,11 @@ def test_mnist(tmp_path, name, folder):
     limited = load(name, tmp_path, limit=3)
     assert sizes(limited) == (3, 2, 3)
     assert torch.equal(limited.train, data.train[:3])
+    chosen = load(name, tmp_path, num_validation=5)
+    assert sizes(chosen) == (15, 5, 6) and chosen.num_validation == 5
+    assert rows(chosen.train, chosen.validation) == rows(train)
+    with pytest.raises(ValueError, match="must be less than the 20 training images"):
+        load(name, tmp_path, num_validation=20)
 
 
 def test_mnist_converted(tmp_path):
@@ -214,6 +219,7 @@ def test_damaged_mnist(tmp_path):
     [
         ({"name": "cifar"}, "'cifar': choose one of " + ", ".join(DATASETS)),
         ({"limit": 0}, "limit must be a whole number >= 1, got 0"),
+        ({"num_validation": 5}, "num_validation=5 is for mnist, fashion-mnist, cifar10, not 'digits'"),
         ({"image_size": 0}, "image_size must be a whole number >= 1, got 0"),
         ({"channels": 2}, "channels must be 1 .* not 2"),
     ],

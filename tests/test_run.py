@@ -16,12 +16,12 @@ import pyro
 import pytest
 import torch
 from errors import exit_message
-from image_files import write_folder
+from image_files import noise, write_folder, write_mnist
 from PIL import Image
 
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.train import load_checkpoint, loop
-from pyro_vaediff.train.runs import load_vae
+from pyro_vaediff.train.runs import load_data, load_vae
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 TINY = {"epochs": 2, "limit": 40, "width": 4, "latent-dim": 2, "num-timesteps": 10, "k": 2}
@@ -240,6 +240,7 @@ def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
         (["--latent-groups", "8", "axb"], "a shape must be D or CxHxW, such as 16 or 4x8x8"),
         (["--latent-groups", "8", "--latent-shape", "4"], "latent_shape is that of one group"),
         (["--latent-groups", "8", "--networks", "paper"], "have a vector of latents"),
+        (["--latent-shape", "2", "4", "4", "--networks", "mlp"], "'mlp' have a vector of latents"),
         (
             ["--latent-groups", "8", "--gaussian-epochs", "1"],
             "gaussian_epochs must be 0 for a hier",
@@ -449,6 +450,23 @@ def test_a_broken_checkpoint(error_of, finished_run, tmp_path, broken):
     assert str(path) in error_of(tmp_path, "--resume", epochs=1)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     load_vae(tmp_path)  # the best model is still there
+
+
+@pytest.mark.parametrize("prior", ["vamp", "diffusion"])
+def test_the_networks_of_the_public_benchmark(run, tmp_path, prior):
+    write_mnist(tmp_path, "MNIST", noise(30, 28, 28), noise(8, 28, 28, seed=1))
+    options = {"networks": "mlp", "likelihood": "bernoulli", "num_validation": 10, "width": None}
+    components = {"num_components": 3} if prior == "vamp" else {}
+    out = tmp_path / "run"
+    data = {"dataset": "mnist", "root": tmp_path, "features": "none"}
+    run(out, prior=prior, **data, **options, **components)
+    images = load_data(out, tmp_path)
+    assert (len(images.train), len(images.validation), len(images.test)) == (20, 10, 8)
+    vae, _ = load_vae(out)
+    assert [type(layer).__name__ for layer in vae.encoder.net[:4]] == ["Linear", "GLU"] * 2
+    assert vae.decoder.net[0].out_features == 600
+    if prior == "vamp":  # whose pseudo-inputs are images in x-space
+        assert vae.prior.support == (0.0, 1.0)
 
 
 # --- Errors ---------------------------------------------------------------------------------------

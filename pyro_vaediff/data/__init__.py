@@ -17,7 +17,8 @@ name               images                 train / validation / test    on disk, 
 =================  =====================  ===========================  ====================
 
 The test split is the official one. The validation split is CelebA's own or, elsewhere, a seeded
-tenth of the official train split, or as many of its images as one asks for. CelebA's three splits share no person.
+tenth of the official train split, or as many of its images as one asks for. CelebA's three splits
+share no person.
 """
 
 from __future__ import annotations

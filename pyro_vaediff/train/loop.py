@@ -24,15 +24,7 @@ from . import distributed
 from .build import make_vae
 from .config import ModelConfig, TrainConfig
 from .objective import make_objective, warm
-from .optim import (
-    TorchOptim,
-    WeightAverage,
-    adam,
-    learning_rate,
-    make_svi,
-    parameter_groups,
-    per_datum,
-)
+from .optim import WeightAverage, make_optim, make_svi, per_datum
 from .saving import NonFiniteError, Record, SavedRun, describe
 from .splits import Splits
 from .start import initialize
@@ -127,12 +119,7 @@ class Trainer(SavedRun):
         self.total_epochs = self.count_epochs()
         initialize(self.vae, self.data, init, config.seed)
         distributed.broadcast_([*vae.parameters(), *vae.buffers()])
-        groups = parameter_groups(vae, config)
-        optimizer = (make_optimizer or adam)(groups)
-        factor = learning_rate(config, self.steps_per_epoch)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        self.optim = TorchOptim(optimizer, config.clip_norm, scheduler)
-
+        self.optim = make_optim(vae, config, self.steps_per_epoch, make_optimizer)
         objective, self.kl_weight = make_objective(vae, elbo, config)
         gaussian = GaussianPrior(vae.prior.event_shape).to(vae.prior.origin)
         first, size = VAE(vae.encoder, vae.decoder, gaussian), self.batch_size
