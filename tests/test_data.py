@@ -219,7 +219,10 @@ def test_damaged_mnist(tmp_path):
     [
         ({"name": "cifar"}, "'cifar': choose one of " + ", ".join(DATASETS)),
         ({"limit": 0}, "limit must be a whole number >= 1, got 0"),
-        ({"num_validation": 5}, "num_validation=5 is for mnist, fashion-mnist, cifar10, not 'digits'"),
+        (
+            {"num_validation": 5},
+            "num_validation=5 is for mnist, fashion-mnist, cifar10, not 'digits'",
+        ),
         ({"image_size": 0}, "image_size must be a whole number >= 1, got 0"),
         ({"channels": 2}, "channels must be 1 .* not 2"),
     ],

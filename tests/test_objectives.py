@@ -82,6 +82,9 @@ def test_neither_is_reported_as_a_bound(x):
         evaluate(vae, x, FreeBits(TraceKL_ELBO(), 1.0))
     with one_line_value_error("elbo must estimate a bound, got Reweighted .KL weight."):
         evaluate(vae, x, Reweighted(TraceKL_ELBO(), KLWeight(0.5)))
+    bound = TraceKL_ELBO()
+    assert Reweighted(FreeBits(bound, 1.0), KLWeight(0.5)).bound is bound
+    assert FreeBits(bound, 1.0).bound is bound
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), "x"])

@@ -80,7 +80,9 @@ def evaluate(
     """
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
     if isinstance(elbo, Reweighted):
-        raise ValueError(f"elbo must estimate a bound, got Reweighted ({elbo.name}): use elbo.elbo")
+        raise ValueError(
+            f"elbo must estimate a bound, got Reweighted ({elbo.name}): use elbo.bound"
+        )
     if not isinstance(elbo, pyro.infer.ELBO):
         raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
     totals: dict[str, Tensor] = {}

@@ -101,7 +101,7 @@ class Reweighted(TermsELBO):
             vectorize_particles=elbo.vectorize_particles,
             retain_graph=elbo.retain_graph,
         )
-        #: The estimator of the bound, which everything that reports must take.
+        #: What is reweighted, a bound or an objective.
         self.elbo = elbo
         if isinstance(weights, str):
             check_choice("weighting", weights, REWEIGHTINGS)
@@ -113,6 +113,11 @@ class Reweighted(TermsELBO):
             by_role = dict(weights)
             weights = lambda term: by_role.get(term.role, 1.0) * term.value  # noqa: E731
         self.weights: Reweighting = weights
+
+    @property
+    def bound(self) -> TermsELBO:
+        r"""The estimator of the bound, which everything that reports must take."""
+        return self.elbo.bound if isinstance(self.elbo, Reweighted) else self.elbo
 
     def particles(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any

@@ -72,7 +72,8 @@ class ModelConfig(Checked):
     )
     denoiser: str | None = option(
         None,
-        "network of the prior (conv for latents that are images, else residual)",
+        "network of the prior, or of the top group's (conv for latents that are images, else "
+        "residual)",
         choice(DENOISERS),
         of=DIFFUSION,
     )
