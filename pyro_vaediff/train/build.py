@@ -129,9 +129,10 @@ def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Modul
             raise ValueError("networks='paper' take no labels: leave out condition")
         return paper_encoder(image_shape, shape[0]), paper_decoder(shape[0], likelihood)
     if config.networks == "mlp":
-        options = {"gated": True, "context_features": features}
-        encoder = MLPEncoder(image_shape, shape[0], **options)
-        return encoder, MLPDecoder(shape[0], likelihood, **options)
+        return (
+            MLPEncoder(image_shape, shape[0], gated=True, context_features=features),
+            MLPDecoder(shape[0], likelihood, gated=True, context_features=features),
+        )
     if config.networks == "resnet" or len(shape) > 1:
         return (
             ResNetEncoder(image_shape, shape, width, blocks, context_features=features),
