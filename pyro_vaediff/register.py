@@ -44,6 +44,7 @@ def register(name: str, module: nn.Module) -> nn.Module:
         prefix = _names[module] = free_name(name)
         forget_dead(store)
     known = dict(store.named_parameters())
+    names = {parameter: full for full, parameter in known.items()}
     for key, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -52,7 +53,8 @@ def register(name: str, module: nn.Module) -> nn.Module:
                 f"parameter {key} of the {name} must be contiguous, or Pyro's store would train a "
                 "copy of it: convert the data to another memory format, not the networks"
             )
-        full = f"{prefix}{DIVIDER}{key}"
+        # A parameter that modules share has one name: the store could not forget a second one.
+        full = names.get(parameter, f"{prefix}{DIVIDER}{key}")
         stored = known.get(full)
         if stored is not parameter:
             if stored is not None:

@@ -169,7 +169,7 @@ LIBRARY = [
     ),
     (
         lambda it: DiffusionPrior(2, reverse_variance="b"),
-        "unknown reverse_variance 'b': choose one of beta, beta_tilde, learned",
+        "unknown reverse_variance 'b': choose one of beta, beta_tilde, learned, analytic, diagonal",
     ),
     (
         lambda it: DiffusionPrior(2, order="back"),

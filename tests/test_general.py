@@ -219,7 +219,7 @@ def test_indices_and_the_times_of_the_grid_agree():
 
 
 @pytest.mark.parametrize("preconditioning", [False, True])
-@pytest.mark.parametrize("reverse_variance", VARIANCES)
+@pytest.mark.parametrize("reverse_variance", [*VARIANCES, "analytic", "diagonal"])
 def test_a_prior_with_other_steps_has_the_same_denoiser(reverse_variance, preconditioning):
     outputs = 2 if reverse_variance == "learned" else 1
     prior = DiffusionPrior(

@@ -21,7 +21,7 @@ from pyro_vaediff.schedules import LinearSchedule, Schedule
 
 SCHEDULES = ("linear", "cosine")
 PARAMETERIZATIONS = ("eps", "z0", "mu", "v")
-VARIANCES = ("beta", "beta_tilde", "learned")
+VARIANCES = ("beta", "beta_tilde", "learned", "analytic", "diagonal")
 PRIORS = {
     "gaussian": lambda D: GaussianPrior(D),
     "flow": lambda D: FlowPrior(D, hidden_features=[8]),

@@ -75,7 +75,7 @@ def assert_one_line(error):
 
 SETTINGS = {
     "plain": {},
-    "EMA and cosine": {"ema": 0.9, "lr_schedule": "cosine"},
+    "EMA and cosine": {"ema": 0.9, "lr_schedule": "cosine", "reverse_variance": "diagonal"},
     "loss-aware": {"timesteps": "loss-aware"},
     "BatchNorm": {"ema": 0.5},
     "Trace_ELBO": {"timesteps": None},
@@ -97,6 +97,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(make_trainer, monkeypatch, 
     options = dict(SETTINGS[name])
     timesteps = options.pop("timesteps", "importance")
     model = {"prior": options.pop("prior", "diffusion")}
+    model["reverse_variance"] = options.pop("reverse_variance", "beta")
     if name == "BatchNorm":
         batch_norm(monkeypatch)
 
@@ -610,7 +611,8 @@ def test_every_option_of_a_model_reaches_its_prior():
 
 
 @pytest.mark.parametrize(
-    "model, conditioning", [({}, "x"), ({"reverse_variance": "learned"}, "z_0")]
+    "model, conditioning",
+    [({}, "x"), *(({"reverse_variance": v}, "z_0") for v in ("learned", "analytic"))],
 )
 def test_a_weighting_that_is_not_defined(make_trainer, model, conditioning):
     elbo = Reweighted(Timestep_ELBO(conditioning=conditioning), "simple")

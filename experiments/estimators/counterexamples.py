@@ -100,7 +100,7 @@ def mean_field_bias(
         ValueError: If the reverse variance is learned.
     """
     prior = check_diffusion(vae.prior)
-    if prior.denoiser.variance.num_outputs > 1:
+    if not prior.denoiser.variance.fixed:
         raise ValueError("the bias is known for a fixed reverse variance, got a learned one")
     schedule, kernel = prior.schedule, prior.denoiser.kernel
     m, s2 = gaussian_moments(vae.encoder(x))

@@ -15,8 +15,10 @@ from .denoiser import PARAMETERIZATIONS, Denoiser
 from .preconditioning import Preconditioning
 from .variances import (
     REVERSE_VARIANCES,
+    Analytic,
     Beta,
     BetaTilde,
+    Diagonal,
     Learned,
     ReverseVariance,
     make_reverse_variance,
@@ -25,9 +27,11 @@ from .variances import (
 __all__ = [
     "PARAMETERIZATIONS",
     "REVERSE_VARIANCES",
+    "Analytic",
     "Beta",
     "BetaTilde",
     "Denoiser",
+    "Diagonal",
     "Learned",
     "Preconditioning",
     "ReverseVariance",

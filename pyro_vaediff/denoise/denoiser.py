@@ -26,7 +26,8 @@ class Kernel(Tables):
 
     a: Tensor  #: The weight of :math:`z_t` in the mean of the forward posterior.
     b: Tensor  #: The weight of :math:`z_0` in it.
-    sigmas: Tensor  #: The standard deviations :math:`\sigma`.
+    betas_tilde: Tensor  #: Its variance :math:`\tilde\beta_{t|s}`.
+    sigmas: Tensor  #: The standard deviations :math:`\sigma`, before any of it is learned.
     log_ranges: Tensor  #: See :meth:`Learned.log_range`.
     skips: Tensor  #: The weight of :math:`z_t` in the reverse mean.
     gains: Tensor  #: That of the network's output.
@@ -46,7 +47,7 @@ class Denoiser(nn.Module):
             :math:`z_t`): the noise ``"eps"``, the clean latents ``"z0"``, the mean ``"mu"``, or the
             velocity ``"v"``.
         reverse_variance: The variance :math:`\sigma^2`: ``"beta"``, ``"beta_tilde"``,
-            ``"learned"``, or a :class:`ReverseVariance`.
+            ``"learned"``, ``"analytic"``, ``"diagonal"``, or a :class:`ReverseVariance`.
         preconditioning: Whether the network is left with the departure of the latents from a
             Gaussian with learned moments, see :class:`Preconditioning`. It predicts ``"eps"`` then,
             and :meth:`denoise` is :math:`E[z_0 | z_t]` of that Gaussian while the network returns
@@ -80,7 +81,7 @@ class Denoiser(nn.Module):
         self.event_shape, self.event_dim = torch.Size(event_shape), len(event_shape)
         self.backbone, self.schedule = backbone, schedule
         self.parameterization = parameterization
-        self.variance = make_reverse_variance(reverse_variance)
+        self.variance = make_reverse_variance(reverse_variance, self.event_shape)
         self.preconditioning = Preconditioning(event_shape) if preconditioning else None
         self._home = schedule.original("times")  # the grid that the network is trained on
         self.kernel = Kernel(self.tables(self._home))
@@ -100,9 +101,7 @@ class Denoiser(nn.Module):
         """
         net, *others = self.network(z, t, c)
         kernel = self.coefficients(t, s)
-        scale = kernel("sigmas")
-        if others:
-            scale = scale * torch.exp(kernel("log_ranges") * torch.tanh(others[0] / 2))
+        scale = self.variance.scale(kernel, self.log_snr(t), others)
         return normal(kernel("skips") * z + kernel("gains") * net, scale, self.event_dim)
 
     def denoise(self, z: Tensor, t: Times, c: Tensor | None = None) -> Tensor:
@@ -124,14 +123,18 @@ class Denoiser(nn.Module):
         r"""Returns the outputs of the network, in full precision also under autocast."""
         check_ends("z", z, self.event_shape)
         self.check_context(c)
-        schedule = self.schedule
-        log_snr = at_time(schedule.log_snr, t, 0) if is_index(t) else schedule.log_snr_at(t)
-        log_snr = log_snr.to(z)
+        log_snr = self.log_snr(t).to(z)
         with torch.autocast(z.device.type, enabled=False):
             if self.preconditioning is None:
                 return self.evaluate(z, log_snr, c)
             expanded = log_snr[(...,) + (None,) * self.event_dim]
             return self.preconditioning(lambda z: self.evaluate(z, log_snr, c), z, expanded)
+
+    def log_snr(self, t: Times) -> Tensor:
+        r"""Returns the log-SNR at indices or times, as the tables have it."""
+        if is_index(t):
+            return at_time(self.schedule.log_snr, t, 0)
+        return self.schedule.log_snr_at(t).to(self.schedule.log_snr)
 
     def evaluate(self, z: Tensor, log_snr: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
         r"""Returns the outputs of the backbone, which is called as it wants to be."""
@@ -211,6 +214,7 @@ class Denoiser(nn.Module):
         return {
             "a": a,
             "b": b,
+            "betas_tilde": beta_tilde,
             "sigmas": variance.sqrt(),
             "log_ranges": Learned.log_range(beta, beta_tilde),
             "skips": skips,

@@ -264,7 +264,7 @@ def typical_kl(prior: DiffusionPrior, scale: float) -> Tensor:
     if scale > 0:
         rho = ratio * original("betas") / sigma.square()
         kl = kl + (rho - 1 - rho.log()) / 2
-    elif prior.denoiser.variance.num_outputs > 1:
+    elif not prior.denoiser.variance.fixed:
         kl = kl + variance_kl(prior)
     kl[0] = 0.0
     return kl

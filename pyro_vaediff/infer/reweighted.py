@@ -70,7 +70,7 @@ def fixed_variance(term: Term) -> tuple[DiffusionPrior, int | Tensor]:
     r"""Returns the prior and the times of a step that is a square of means."""
     prior, t = term.site["infer"]["prior"], term.site["infer"]["t"]
     given_x = term.role == "first" and term.site["infer"].get("closed_form_kl", False)
-    if prior.denoiser.variance.num_outputs > 1 or given_x:
+    if not prior.denoiser.variance.fixed or given_x:
         raise ValueError(
             "the weightings 'simple' and 'paper' are defined for conditioning='z_0' and a fixed "
             f"reverse variance, got {'x' if given_x else type(prior.denoiser.variance).__name__}"

@@ -129,7 +129,7 @@ class CollapseChain(Messenger):
     # all timesteps is known.
     def has_constant(self, prior: DiffusionPrior) -> bool:
         r"""Returns whether the variances' part of the KLs is a constant of its own."""
-        return self.conditioning == "z_0" and prior.denoiser.variance.num_outputs == 1
+        return self.conditioning == "z_0" and prior.denoiser.variance.fixed
 
     def add_constant(self, prior: DiffusionPrior) -> None:
         r"""Adds the sum over all timesteps of the constant part of the KLs."""

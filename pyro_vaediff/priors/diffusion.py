@@ -48,7 +48,8 @@ class DiffusionPrior(Prior):
             w)` a :class:`~pyro_vaediff.nn.ConvBackbone`.
         parameterization: What the network predicts: ``"eps"``, ``"z0"``, ``"mu"`` or ``"v"``.
         reverse_variance: The variance :math:`\sigma_t^2`: ``"beta"`` for :math:`\beta_t`,
-            ``"beta_tilde"`` for :math:`\tilde\beta_t` (the paper's), or ``"learned"``.
+            ``"beta_tilde"`` for :math:`\tilde\beta_t` (the paper's), ``"learned"``, or the best
+            one for the mean, ``"analytic"`` or per dimension ``"diagonal"``.
         preconditioning: Whether the network starts from a Gaussian with learned moments.
         order: The factorization of the guide, ``"forward"``, ``"posterior"`` or ``"reversed"``.
             All three are the same distribution.
@@ -85,7 +86,7 @@ class DiffusionPrior(Prior):
         check_choice("order", order, ORDERS)
         if denoiser is None:
             schedule = make_schedule(schedule, num_timesteps)
-            reverse_variance = make_reverse_variance(reverse_variance)
+            reverse_variance = make_reverse_variance(reverse_variance, self.event_shape)
             if backbone is None:
                 backbone = make_backbone(
                     "residual" if self.event_dim != 3 else "conv",

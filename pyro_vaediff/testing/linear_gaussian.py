@@ -135,8 +135,7 @@ def linear_gaussian_vae(
         num_timesteps: The number of steps :math:`T`.
         event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
         num_features: The number of dimensions :math:`X` of a datum. Data have shape :math:`(B, X)`.
-        reverse_variance: The reverse variance of the prior, ``"beta"``, ``"beta_tilde"`` or
-            ``"learned"``.
+        reverse_variance: The reverse variance of the prior, by its name.
         seed: The seed of the parameters. It leaves the global generators as they are. By default
             the parameters are drawn from the global generator of the CPU.
         kwargs: The ``parameterization`` and the ``order`` of the

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_choice
-from ..denoise import Learned
 from ..priors import DiffusionPrior
 from ..vae import VAE
 from .affine import (
@@ -176,7 +175,7 @@ class Oracle(LinearReverse):
             ValueError: If the weighting is unknown, or the variance is learned.
         """
         check_choice("weighting", weighting, ("simple", "paper"))
-        if isinstance(self.variance, Learned):
+        if not self.variance.fixed:
             raise ValueError(
                 f"weighting={weighting!r} is defined for a fixed reverse variance: make the VAE "
                 f"with reverse_variance='beta' or 'beta_tilde'"

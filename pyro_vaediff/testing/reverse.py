@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..denoise import BetaTilde, Learned
+from ..denoise import Analytic, BetaTilde, Learned
 from ..priors import DiffusionPrior
 from .linear_gaussian import LinearDenoiser
 
@@ -68,7 +68,39 @@ class LinearReverse:
         if isinstance(self.variance, Learned):
             ratio = self.beta_tilde(max(t, 2)) / self.beta[max(t, 2)] if self.T > 1 else 0.5
             sigma = sigma * ratio ** -torch.tanh(self.net.u[0, t] / 2)
+        if isinstance(self.variance, Analytic):
+            known = self.beta_tilde(t) + self.weight(t).square() * self.error(t)
+            sigma = known.sqrt().expand(self.D)
         return sigma
+
+    def error(self, t: int) -> Tensor:
+        r"""Returns the squared error of :math:`z_0` in the table of an analytic variance.
+
+        The table is a sum of hat functions, whose log-SNRs are equally spaced.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+
+        Returns:
+            The error, with shape :math:`(1,)` or :math:`(D,)`.
+        """
+        assert isinstance(self.variance, Analytic)
+        alpha_bar, log_snr = self.alpha_bar[t], self.variance.log_snr
+        distance = (alpha_bar / (1 - alpha_bar)).log() - log_snr
+        hats = (1 - (distance / (log_snr[1] - log_snr[0])).abs()).clamp(min=0)
+        log_ratio = self.variance.gain * (hats @ self.variance.log_ratios.flatten(1))
+        return (1 - alpha_bar) * log_ratio.exp()
+
+    def weight(self, t: int) -> Tensor:
+        r"""Returns what a unit change of :math:`z_0` changes in the mean of :math:`z_{t-1}`.
+
+        Arguments:
+            t: The timestep, from 1 to :math:`T`.
+        """
+        self._check_timestep(t)
+        previous = self.alpha_bar[t - 1]
+        # At fixed z_t: the weight of sqrt(alpha_bar_{t-1}) z_0 is its share of precision.
+        return previous.sqrt() * (self.beta_tilde(t) / (1 - previous) if t > 1 else 1.0)
 
     def gain(self, t: int) -> Tensor:
         r"""Returns what a unit change of the prediction changes in the mean of :math:`z_{t-1}`.
@@ -76,10 +108,7 @@ class LinearReverse:
         Arguments:
             t: The timestep, from 1 to :math:`T`.
         """
-        self._check_timestep(t)
-        alpha_bar, previous = self.alpha_bar[t], self.alpha_bar[t - 1]
-        # Of z_0 at fixed z_t: the weight of sqrt(alpha_bar_{t-1}) z_0 is its share of precision.
-        of_z0 = previous.sqrt() * (self.beta_tilde(t) / (1 - previous) if t > 1 else 1.0)
+        of_z0, alpha_bar = self.weight(t), self.alpha_bar[t]
         return {
             "z0": of_z0,
             "eps": of_z0 * -((1 - alpha_bar) / alpha_bar).sqrt(),

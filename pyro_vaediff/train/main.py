@@ -44,6 +44,7 @@ import pyro
 import torch
 
 from ..data import ImageData, load
+from ..denoise import REVERSE_VARIANCES
 from ..evaluate import Extractor, load_extractor, value_elbo
 from ..files import check_folder, write_json
 from ..infer import make_elbo, particle_options
@@ -100,10 +101,11 @@ class Config:
     report: ReportConfig
 
     def __post_init__(self) -> None:
-        if self.elbo.weighting != "elbo" and self.model.reverse_variance == "learned":
+        variance = self.model.reverse_variance
+        if self.elbo.weighting != "elbo" and not REVERSE_VARIANCES[variance].fixed:
             raise ValueError(
                 f"weighting={self.elbo.weighting!r} is defined for a fixed reverse variance, got "
-                "reverse_variance='learned'"
+                f"reverse_variance={variance!r}"
             )
 
     @classmethod
