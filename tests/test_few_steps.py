@@ -2,6 +2,7 @@ r"""The best reverse variances and the best grids, where both are known."""
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import math
@@ -438,6 +439,24 @@ def test_a_few_steps_are_tuned_by_training_their_chain(device):
     gain = bound() - before
     assert gain.mean() > 5 * gain.std() / len(z_0) ** 0.5
     assert all(p is q for p, q in zip(few.parameters(), prior.parameters(), strict=True))
+
+
+def test_chains_of_one_denoiser_share_a_parameter_store(device):
+    def sites(prior):
+        model = lambda: prior.model()  # noqa: E731
+        nodes = poutine.trace(model, param_only=True).get_trace().nodes
+        return {id(s["value"].unconstrained()) for s in nodes.values() if s["type"] == "param"}
+
+    prior = DiffusionPrior(2, 6).to(device)
+    parameters = {id(p) for p in prior.parameters()}
+    for _ in range(2):
+        for chain in (prior, prior.with_steps(2), prior.with_steps(3)):
+            assert sites(chain) == parameters
+        assert len(pyro.get_param_store()) == len(parameters)
+    del chain, prior
+    gc.collect()
+    sites(DiffusionPrior(2, 6).to(device))  # what was before is forgotten
+    assert len(pyro.get_param_store()) == len(parameters)
 
 
 # --- Grids ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,7 +180,7 @@ def equal_steps(prior: DiffusionPrior, num_steps: int) -> Tensor:
         The times, in float64 with shape :math:`(n + 1,)`.
     """
     check_whole("num_steps", num_steps)
-    times, log_snr = (prior.schedule.original(name) for name in ("times", "log_snr"))
-    position = prior.schedule.position(torch.linspace(*log_snr[[-1, 1]], num_steps).flip(0))
-    low = position.double().floor().long().clamp(max=len(times) - 2)
-    return torch.cat([times[:1], torch.lerp(times[low], times[low + 1], position.double() - low)])
+    original = prior.schedule.original
+    times, log_snr = (original(name)[1:].flip(0).numpy() for name in ("times", "log_snr"))
+    later = np.interp(np.linspace(log_snr[0], log_snr[-1], num_steps), log_snr, times)
+    return torch.cat([original("times")[:1], torch.from_numpy(later).flip(0)])
