@@ -43,6 +43,7 @@ from pyro_vaediff.evaluate.demonstration import (
     chain_scale,
     exact_prior,
     flow_scale,
+    one_probe_log_prob,
 )
 from pyro_vaediff.infer import FreeBits, KLWeight
 from pyro_vaediff.priors import ConditionalGaussianPrior, HierarchicalPrior
@@ -118,10 +119,10 @@ def hierarchy():
         ),
         ("ELBO", CHAIN, {}, "ELBO", OF_CHAIN, f"a bound by {OF_CHAIN}"),
         # No bounds
-        (KL_WEIGHT, CHAIN, {}, "reweighted terms", OF_CHAIN, "here KL weight"),
+        (KL_WEIGHT, CHAIN, {}, "reweighted terms", OF_CHAIN, "reweighted by KL weight"),
         (
             *(FreeBits(Timestep_ELBO(), 0.5), CHAIN, {}, "reweighted terms", OF_CHAIN),
-            "here free bits, 0.5 nats",
+            "reweighted by free bits, 0.5 nats",
         ),
         (evaluate, CHAIN, {"elbo": KL_WEIGHT}, "reweighted terms", OF_CHAIN, "for training"),
         *(
@@ -247,6 +248,14 @@ def test_bounds_are_as_tight_as_they_must_be(rows):
     assert 5 * weighted.se < weighted.difference < elbo.difference / 2
 
 
+def test_a_scale_is_between_the_mean_and_the_largest_of_the_same_weights(rows):
+    weighted, scaled = (
+        next(row for row in rows if row.audit.kind == kind)
+        for kind in ("importance-weighted bound", "scaled weights")
+    )
+    assert weighted.estimate - math.log(32) < scaled.estimate < weighted.estimate
+
+
 def test_the_riemann_sum_is_below_by_half_a_cell(rows):
     # E|eps - eps_hat|^2 = D f(lambda), with f = sigmoid(lambda + log s^2): the sum of its values at
     # the ends of cells of width h is below the integral by about h D / 4.
@@ -277,6 +286,16 @@ def test_the_exact_numbers_are_those_of_the_samples():
     alpha_bar, one_minus = prior.schedule.signal(t)
     posterior_mean = alpha_bar.sqrt() * SCALE**2 / (alpha_bar * SCALE**2 + one_minus) * z_t
     torch.testing.assert_close(prior.denoise(z_t, t), posterior_mean, atol=1e-10, rtol=0)
+
+
+def test_a_random_trace_leaves_the_mean_as_it_is():
+    flow = ProbabilityFlow(exact_prior(), T)
+    z_0 = SCALE * torch.randn(20_000, D, dtype=torch.float64)
+    exact = torch.distributions.Normal(0, flow_scale(flow)).log_prob(z_0).sum(-1)
+    error = one_probe_log_prob(flow, z_0) - exact
+    se = error.std().item() / math.sqrt(len(z_0))
+    assert error.std() > 10 and se < 0.1
+    assert abs(error.mean()) < 0.2 + 5 * se  # the trapezoidal rule is off by 0.15
 
 
 def test_a_row_does_not_depend_on_the_others(rows):

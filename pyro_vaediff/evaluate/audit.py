@@ -165,7 +165,7 @@ def of_elbo(prior: Prior | None, elbo: ELBO | None = None) -> Audit:
     elbo, of = Timestep_ELBO("all") if elbo is None else elbo, described(prior)
     has_chain = prior is None or any(isinstance(m, DiffusionPrior) for m in prior.modules())
     if isinstance(elbo, Reweighted):
-        return entry("reweighted terms", of, f"here {elbo.name}")
+        return entry("reweighted terms", of, f"reweighted by {elbo.name}")
     if isinstance(elbo, Timestep_ELBO) and has_chain:
         some = f"estimated from {count(elbo.collapse.k, 'timestep')} per datum"
         return entry("ELBO", of, "from all timesteps" if elbo.proposal is None else some)
