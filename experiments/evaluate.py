@@ -7,7 +7,8 @@ For each run directory, on test images of its data set:
 - the importance-weighted log p(x), with the exact log p(z_0) of a Gaussian, flow or mixture prior,
   and that of the probability flow of a diffusion prior, so that all priors are compared on the same
   number; beside it the negative ELBO of the same images, which says how much the bound leaves, and
-  the differences between the runs, which must be of one data set;
+  the differences between the runs, which must be of one data set. Below each number there is what
+  it is, as ``pyro_vaediff.evaluate.audit`` says it;
 - ELBO surgery: the mean KL as the mutual information of x and z_0, and the KL divergence of the
   aggregate posterior from the prior; and the number of active units.
 
@@ -30,6 +31,7 @@ from pyro_vaediff.arguments import check_seed
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.evaluate import (
     Surgery,
+    audit,
     bits_per_dim,
     elbo_surgery,
     evaluate,
@@ -101,6 +103,17 @@ def likelihood(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str,
     }
 
 
+def classes(vae: VAE, args: argparse.Namespace) -> dict[str, str]:
+    r"""Returns what each number of :func:`likelihood` is, in one line."""
+    options = {"num_samples": args.num_samples, "num_steps": args.num_steps}
+    log_px, elbo = audit(log_likelihood, vae, **options), audit(evaluate, vae)
+    return {
+        "negative_log_likelihood_is": log_px.text,
+        "negative_elbo_is": elbo.text,
+        "gap_is": elbo.against(log_px),
+    }
+
+
 def as_numbers(surgery: Surgery) -> dict[str, Any]:
     r"""Returns the results of ELBO surgery, without those of single units."""
     numbers: dict[str, Any] = {}
@@ -120,7 +133,7 @@ def evaluate_run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     images = data.test[: args.surgery_images]
     common = {"seed": args.seed, "progress": not args.quiet}
     results = {
-        "likelihood": likelihood(vae, data, args),
+        "likelihood": likelihood(vae, data, args) | classes(vae, args),
         "surgery": as_numbers(elbo_surgery(vae, images, **common)),
     }
     if isinstance(vae.prior, DiffusionPrior):
@@ -139,6 +152,12 @@ def describe(results: dict[str, Any]) -> list[str]:
         + (f" ± {error:.2f}" if error is not None else "")
         + f", {likelihood['bits_per_dim']:.3f} bits/dim ({likelihood['images']} images, "
         f"{likelihood['samples']} samples); the ELBO is {likelihood['gap']:.2f} nats below"
+    ]
+    names = {"negative_log_likelihood": "log p(x)", "negative_elbo": "ELBO", "gap": "compared"}
+    lines += [
+        f"        {name}: {likelihood[f'{key}_is']}"
+        for key, name in names.items()
+        if f"{key}_is" in likelihood  # files of earlier versions have none
     ]
     for name in ("surgery", "surgery_flow"):
         if (part := results.get(name)) is not None:

@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+from evaluate import describe
 from scripts import EXPERIMENTS, call, script_errors
 
 from pyro_vaediff.data import load
@@ -56,8 +57,22 @@ def test_what_is_printed(run):
     lines = printed.splitlines()
     assert lines[0] == str(out)
     assert "log p(x) >= " in lines[1] and "(6 images, 2 samples)" in lines[1]
-    assert "(at most 2.08)" in lines[2] and "active units" in lines[2]
-    assert len(lines) == (4 if "diffusion" in out.name else 3)
+    # What each number is.
+    is_diffusion = "diffusion" in out.name
+    of = "the probability flow with 4 steps" if is_diffusion else "the model with a "
+    compared = "numbers of two models, " if is_diffusion else "two numbers of the same model"
+    assert lines[2].startswith(f"        log p(x): an importance-weighted bound by {of}")
+    assert lines[2].endswith(", from 2 samples per datum")
+    assert lines[3].startswith("        ELBO: a bound by the ")
+    assert ("the chain of T = 10 steps" in lines[3]) == is_diffusion
+    assert lines[4].startswith(f"        compared: {compared}")
+    assert "(at most 2.08)" in lines[5] and "active units" in lines[5]
+    assert len(lines) == (7 if is_diffusion else 6)
+    # A file of an earlier version does not say it.
+    old = json.loads((out / "evaluation.json").read_text())
+    for name in ("negative_log_likelihood", "negative_elbo", "gap"):
+        del old["likelihood"][f"{name}_is"]
+    assert describe(old) == [*lines[1:2], *lines[5:]]
 
 
 def test_nothing_is_done_twice_but_other_options_count(run, device_name):

@@ -192,6 +192,33 @@ def test_differences_in_pairs_of_the_same_seed():
     assert tables(make_page(records[:1], reference="diffusion"))[above][1] == ["Gaussian", "-"]
 
 
+def test_below_a_number_there_is_what_it_is():
+    is_chain = {"test_negative_elbo_is": "a bound by the chain"}
+    nll = "likelihood.negative_log_likelihood"
+    is_flow = {nll: 8.5, f"{nll}_is": "a bound by the flow"}
+    records = [
+        record("gaussian", 0, 10.0, test_negative_elbo_is="a bound by the model"),
+        record("flow", 0, 10.0, test_negative_elbo_is="a bound by the model"),
+        record("diffusion", 0, 10.0, **is_chain, **is_flow),
+        record("diffusion", 1, 10.0, **is_chain),
+    ]
+    lines = make_page(records).splitlines()
+    notes = {
+        max(h for h in range(i) if lines[h].startswith("###")): line
+        for i, line in enumerate(lines)
+        if line.startswith("<small>")
+    }
+    elbo = "<small>Gaussian, flow: a bound by the model. diffusion: a bound by the chain.</small>"
+    assert {lines[h].lstrip("# "): line for h, line in notes.items()} == {
+        LOSS: elbo,
+        "Bits/dim": elbo,
+        "Importance-weighted −log p(x) (nats per image)": (
+            "<small>diffusion: a bound by the flow.</small>"
+        ),
+    }
+    assert "<small>" not in make_page([record("flow", 0, 1.0)])
+
+
 def test_evaluations_are_on_the_page_if_there_are_any():
     records = [record("flow", 0, 10.0, **{"likelihood.negative_log_likelihood": 8.5})]
     above = "Importance-weighted −log p(x) (nats per image)"

@@ -172,6 +172,17 @@ def paired_table(
     return table(["prior", *(f"D = {dim}" for dim in latent_dims)], cells.values())
 
 
+def footnote(records: Sequence[Record], metric: str, rows: Mapping[str, str]) -> list[str]:
+    r"""Returns the lines that say what a number is, row by row, if the records say it."""
+    found: dict[str, list[str]] = {}
+    for name, title in rows.items():
+        texts = {r[f"{metric}_is"] for r in records if r["row"] == name and f"{metric}_is" in r}
+        for text in sorted(texts):
+            found.setdefault(text, []).append(title)
+    notes = [f"{', '.join(titles)}: {text}." for text, titles in found.items()]
+    return ["", f"<small>{' '.join(notes)}</small>"] if notes else []
+
+
 def parameter_table(
     records: Sequence[Record], rows: Mapping[str, str], latent_dims: Sequence[int]
 ) -> list[str]:
@@ -238,6 +249,7 @@ def page(
         counts = " or ".join(f"{n:,}" for n in sorted({record["test_images"] for record in mine}))
         lines += ["", f"### Test −ELBO (nats per image, {counts} images)", ""]
         lines += metric_table(mine, "test_negative_elbo", *args, num_seeds, 2)
+        lines += footnote(mine, "test_negative_elbo", rows)
         if reference is not None:
             lines += [
                 "",
@@ -247,10 +259,12 @@ def page(
             ]
         lines += ["", "### Bits/dim", ""]
         lines += metric_table(mine, "test_bits_per_dim", *args, num_seeds, 3)
+        lines += footnote(mine, "test_negative_elbo", rows)
         for metric, heading, digits in EVALUATIONS:
             if any(metric in record for record in mine):
                 lines += ["", f"### {heading}", ""]
                 lines += metric_table(mine, metric, *args, num_seeds, digits)
+                lines += footnote(mine, metric, rows)
         lines += ["", "### Parameters of the prior", "", *parameter_table(mine, *args)]
         for picture in (pictures or {}).get(dataset, ()):
             lines += ["", f"![{name}]({picture})"]

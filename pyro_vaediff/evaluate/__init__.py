@@ -1,5 +1,7 @@
-r"""The numbers of a model: bounds, likelihoods, ELBO surgery and Fréchet distances."""
+r"""The numbers of a model: bounds, likelihoods, what they are, surgery and Fréchet distances."""
 
+from .audit import BOUNDS, NO_BOUNDS, Audit, audit
+from .demonstration import Demonstration, demonstrate
 from .elbo import evaluate, evaluating, in_batches, kl_by_timestep, preprocess, value_elbo
 from .features import EXTRACTORS, Extractor, load_extractor
 from .frechet import FeatureStatistics, frechet_distance
@@ -15,16 +17,22 @@ from .statistics import frechet_distances, image_statistics, reference_statistic
 from .surgery import Estimate, Surgery, aggregate_log_prob, chain_log_prob, elbo_surgery
 
 __all__ = [
+    "BOUNDS",
     "EXTRACTORS",
+    "NO_BOUNDS",
     "ActiveUnits",
+    "Audit",
+    "Demonstration",
     "Estimate",
     "Extractor",
     "FeatureStatistics",
     "Surgery",
     "active_units",
     "aggregate_log_prob",
+    "audit",
     "bits_per_dim",
     "chain_log_prob",
+    "demonstrate",
     "elbo_surgery",
     "evaluate",
     "evaluating",

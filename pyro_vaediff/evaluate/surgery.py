@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..arguments import check_choice, check_whole
 from ..diffusion import base_normal
-from ..infer import Timestep_ELBO, elbo_terms
+from ..infer import TermsELBO, Timestep_ELBO, elbo_terms
 from ..priors import Prior
 from ..vae import VAE, posterior
 from .elbo import Data, evaluating, in_batches, value_elbo
@@ -154,9 +154,7 @@ def elbo_surgery(
     )
 
 
-def chain_log_prob(
-    prior: Prior, z_0: Tensor, elbo: Timestep_ELBO, c: Tensor | None = None
-) -> Tensor:
+def chain_log_prob(prior: Prior, z_0: Tensor, elbo: TermsELBO, c: Tensor | None = None) -> Tensor:
     r"""Returns estimates of a lower bound on :math:`\log p(z_0)` of a diffusion prior, in nats.
 
     .. math:: \log p(z_0) \geq E_{q(z_{1:T} | z_0)}\left[ \log \frac{p(z_{0:T})}{q(z_{1:T} | z_0)}
@@ -175,18 +173,26 @@ def chain_log_prob(
     flat = z_0.reshape(-1, *prior.event_shape)
     c = None if c is None else c.expand(batch + c.shape[1:]).flatten(0, len(batch) - 1)
 
+    terms = elbo_terms(*chain_programs(prior, flat, c), elbo=elbo)
+    parts = [term.sum(0) if term.ndim > 1 else term for term in terms.values()]
+    return -torch.stack(parts).sum(0).reshape(batch)
+
+
+def chain_programs(
+    prior: Prior, z_0: Tensor, c: Tensor | None = None
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    r"""Returns a model and a guide of known latents, with shape :math:`(N, *\mathrm{event})`."""
+
     def model() -> None:
-        with pyro.plate("data", len(flat), dim=-1):
+        with pyro.plate("data", len(z_0), dim=-1):
             prior.model(c)
 
     def guide() -> None:
         # A point mass: its log-density is zero, so it drops out of the bound.
-        with pyro.plate("data", len(flat), dim=-1):
-            prior.guide(dist.Delta(flat, event_dim=prior.event_dim), c)
+        with pyro.plate("data", len(z_0), dim=-1):
+            prior.guide(dist.Delta(z_0, event_dim=prior.event_dim), c)
 
-    terms = elbo_terms(model, guide, elbo=elbo)
-    parts = [term.sum(0) if term.ndim > 1 else term for term in terms.values()]
-    return -torch.stack(parts).sum(0).reshape(batch)
+    return model, guide
 
 
 def aggregate_log_prob(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]) -> Tensor:

@@ -13,6 +13,7 @@ from ..data import ImageData
 from ..evaluate import (
     Extractor,
     active_units,
+    audit,
     bits_per_dim,
     evaluate,
     frechet_distances,
@@ -87,10 +88,11 @@ def report(
         width = pixel_space(vae).log_bin_width
         bits = results["test_bits_per_dim"] = bits_per_dim(loss, test.shape[1:], width)
         summary += f", {bits:.3f} bits/dim{' (of the dequantized density)' if width else ''}"
-    lines = [
-        f"{summary}, on {len(test)} images",
-        *(f"    {value:9.2f}  {name}" for name, value in terms.items()),
-    ]
+    lines = [f"{summary}, on {len(test)} images"]
+    with missing.unless("what the negative ELBO is"):
+        text = results["test_negative_elbo_is"] = audit(evaluate, vae, elbo=elbo).text
+        lines.append(f"    {text}")
+    lines += [f"    {value:9.2f}  {name}" for name, value in terms.items()]
     if extractor is not None:
         with missing.unless("Fréchet distances"):
             if not isinstance(data, ImageData):
