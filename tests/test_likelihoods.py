@@ -16,6 +16,7 @@ from pyro_vaediff.likelihoods import (
     CategoricalLikelihood,
     DequantizedSpace,
     GaussianLikelihood,
+    LogisticMixtureLikelihood,
     check_range,
     make_likelihood,
 )
@@ -27,6 +28,7 @@ NAMES = [
     "gaussian-fixed",
     "bernoulli",
     "discretized-logistic",
+    "logistic-mixture",
     "categorical",
 ]
 SHAPE = (2, 3, 4)
@@ -148,6 +150,24 @@ def test_categorical_is_a_log_softmax_over_the_levels_of_its_channel(device):
     np.testing.assert_allclose(as_numpy(likelihood(params).log_prob(x)), exact, atol=1e-10)
 
 
+def test_logistic_mixture_is_a_weighted_sum_of_bins(device):
+    torch.manual_seed(0)
+    likelihood = LogisticMixtureLikelihood(SHAPE, LEVELS, num_components=3).to(device)
+    params = torch.randn(6, likelihood.num_maps, *SHAPE[1:], dtype=torch.float64, device=device)
+    index = torch.randint(LEVELS, (6, *SHAPE))
+    x = 2 * index.double() / (LEVELS - 1) - 1
+    # Logits, then locations, then scales; in each, the channels of a component side by side.
+    logits, loc, raw = as_numpy(params).reshape(6, 3, 3, *SHAPE).swapaxes(0, 1)
+    scale = 0.1 / (LEVELS - 1) + np.logaddexp(0, raw + np.log(np.e - 1))
+    edges = as_numpy(x)[:, None] + np.array([-1, 1]).reshape(2, 1, 1, 1, 1, 1) / (LEVELS - 1)
+    lower, upper = scipy.stats.logistic.cdf(edges, loc, scale)
+    lower = np.where(index.numpy()[:, None] == 0, 0.0, lower)
+    upper = np.where(index.numpy()[:, None] == LEVELS - 1, 1.0, upper)
+    exact = np.log((scipy.special.softmax(logits, 1) * (upper - lower)).sum(1)).sum((1, 2, 3))
+    log_prob = as_numpy(likelihood(params).log_prob(x.to(device)))
+    np.testing.assert_allclose(log_prob, exact, atol=1e-10)
+
+
 # --- Samples and means ---
 
 
@@ -163,7 +183,7 @@ def test_samples_have_the_mean(device, name):
     assert (error < 5 * se + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", ["discretized-logistic", "categorical"])
+@pytest.mark.parametrize("name", ["discretized-logistic", "logistic-mixture", "categorical"])
 def test_mean_is_the_sum_over_the_levels(device, name):
     likelihood, params = make(name, device)
     law = likelihood(params).base_dist
@@ -186,7 +206,7 @@ def test_mean_and_log_prob_are_differentiable(device, name):
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
-@pytest.mark.parametrize("name", ["discretized-logistic", "categorical"])
+@pytest.mark.parametrize("name", ["discretized-logistic", "logistic-mixture", "categorical"])
 def test_grid_round_trip(device, name, levels):
     u = torch.arange(levels, dtype=torch.uint8, device=device).view(levels, 1, 1, 1)
     space = make_likelihood(name, (1, 1, 1), levels).space(levels)
@@ -245,6 +265,7 @@ def test_only_a_density_has_bins(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_number_of_maps(name):
     per_channel = {"gaussian-pixel": 2, "discretized-logistic": 2, "categorical": LEVELS}
+    per_channel["logistic-mixture"] = 3 * 5
     assert make_likelihood(name, SHAPE, LEVELS).num_maps == 2 * per_channel.get(name, 1)
 
 
@@ -290,7 +311,9 @@ def test_plate_expands_the_distribution(device, name):
         torch.testing.assert_close(law.mean[3], likelihood(params).mean, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["bernoulli", "discretized-logistic", "categorical"])
+@pytest.mark.parametrize(
+    "name", ["bernoulli", "discretized-logistic", "logistic-mixture", "categorical"]
+)
 def test_validation_finds_images_of_another_x_space(device, name):
     likelihood, params = make(name, device)
     dequantized = torch.full(SHAPE, 0.123, dtype=torch.float64, device=device)

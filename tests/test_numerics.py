@@ -20,7 +20,7 @@ from pyro_vaediff.denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
 from pyro_vaediff.diffusion import base_normal, kl_normal
 from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.infer import PROPOSALS, ImportanceTimesteps, Timestep_ELBO, elbo_terms
-from pyro_vaediff.likelihoods import make_likelihood
+from pyro_vaediff.likelihoods import AUTOREGRESSIVE, make_likelihood
 from pyro_vaediff.nn import (
     ConvDecoder,
     ConvEncoder,
@@ -37,7 +37,7 @@ from pyro_vaediff.train.config import ModelConfig
 DTYPES = (torch.float32, torch.float64)
 LIKELIHOODS = (
     "gaussian", "gaussian-pixel", "gaussian-fixed", "bernoulli", "discretized-logistic",
-    "categorical",
+    "logistic-mixture", "categorical", *AUTOREGRESSIVE,
 )  # fmt: skip
 
 

@@ -10,8 +10,12 @@ likelihood                maps per channel    its pixel space, for values u = 0 
 Gaussian                  1 (2 if per pixel)  [-1, 1], 2 (u + U[0, 1)) / levels - 1 (a density)
 Bernoulli                 1                   {0, 1}, drawn with probability u / (levels - 1)
 discretized logistic      2                   grid on [-1, 1], 2 u / (levels - 1) - 1
+logistic mixture          3 per component     grid on [-1, 1], 2 u / (levels - 1) - 1
 categorical               levels              grid on [-1, 1], 2 u / (levels - 1) - 1
 ========================  ==================  ===================================================
+
+An autoregressive likelihood wraps any of them: its maps are features, of any number, and its pixel
+space is that of the one it wraps.
 """
 
 from __future__ import annotations
@@ -19,8 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from .autoregressive import AutoregressiveLikelihood
 from .base import Likelihood
-from .discrete import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
+from .discrete import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    DiscretizedLogisticLikelihood,
+    LogisticMixtureLikelihood,
+)
 from .gaussian import GaussianLikelihood
 from .spaces import (
     BinarizedSpace,
@@ -32,7 +42,9 @@ from .spaces import (
 )
 
 __all__ = [
+    "AUTOREGRESSIVE",
     "LIKELIHOODS",
+    "AutoregressiveLikelihood",
     "BernoulliLikelihood",
     "BinarizedSpace",
     "CategoricalLikelihood",
@@ -41,12 +53,13 @@ __all__ = [
     "GaussianLikelihood",
     "GridSpace",
     "Likelihood",
+    "LogisticMixtureLikelihood",
     "PixelSpace",
     "check_range",
     "make_likelihood",
 ]
 
-LIKELIHOODS: dict[str, Callable[[Sequence[int], int], Likelihood]] = {
+LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
     "gaussian": lambda shape, levels: GaussianLikelihood(shape, "shared"),
     "gaussian-pixel": lambda shape, levels: GaussianLikelihood(shape, "pixel"),
     # The 2021 code's likelihood. "N(., 1/2)" is the variance: its floor of
@@ -55,19 +68,47 @@ LIKELIHOODS: dict[str, Callable[[Sequence[int], int], Likelihood]] = {
     "gaussian-fixed": lambda shape, levels: GaussianLikelihood(shape, math.sqrt(0.5)),
     "bernoulli": lambda shape, levels: BernoulliLikelihood(shape),
     "discretized-logistic": DiscretizedLogisticLikelihood,
+    "logistic-mixture": LogisticMixtureLikelihood,
     "categorical": CategoricalLikelihood,
 }
 
 
-def make_likelihood(name: str, image_shape: Sequence[int], levels: int = 256) -> Likelihood:
+def autoregressive(pixel: str) -> Callable[..., Likelihood]:
+    r"""Returns how to make an autoregressive likelihood from the likelihood of one channel."""
+
+    def make(shape: Sequence[int], levels: int, **options: int) -> Likelihood:
+        channels, *sides = shape
+        return AutoregressiveLikelihood(
+            LIKELIHOODS[pixel]((1, *sides), levels), channels, **options
+        )
+
+    return make
+
+
+#: The autoregressive ones, which take the options of :class:`AutoregressiveLikelihood`.
+AUTOREGRESSIVE = {
+    "autoregressive": autoregressive("bernoulli"),
+    "autoregressive-mixture": autoregressive("logistic-mixture"),
+    "autoregressive-categorical": autoregressive("categorical"),
+}
+LIKELIHOODS |= AUTOREGRESSIVE
+
+
+def make_likelihood(
+    name: str, image_shape: Sequence[int], levels: int = 256, **options: int
+) -> Likelihood:
     r"""Returns the likelihood of that name.
 
     Arguments:
         name: One of ``"gaussian"`` (learned shared sigma), ``"gaussian-pixel"`` (sigma per pixel
             and channel), ``"gaussian-fixed"`` (variance 1/2, which cannot go below 7.83 bits/dim at
-            256 levels), ``"bernoulli"``, ``"discretized-logistic"`` and ``"categorical"``.
+            256 levels), ``"bernoulli"``, ``"discretized-logistic"``, ``"logistic-mixture"``,
+            ``"categorical"``, and ``"autoregressive"`` (of Bernoulli variables),
+            ``"autoregressive-mixture"`` and ``"autoregressive-categorical"``.
         image_shape: The shape :math:`(C, H, W)` of one image.
         levels: The number of levels that a pixel can take, at most 256.
+        options: The options of the likelihood, such as ``kernel_size`` of an
+            :class:`AutoregressiveLikelihood`.
 
     Raises:
         ValueError: If the name is unknown.
@@ -79,4 +120,4 @@ def make_likelihood(name: str, image_shape: Sequence[int], levels: int = 256) ->
     if name not in LIKELIHOODS:
         raise ValueError(f"name must be one of {', '.join(LIKELIHOODS)}, got {name!r}")
     check_levels(levels)
-    return LIKELIHOODS[name](image_shape, levels)
+    return LIKELIHOODS[name](image_shape, levels, **options)

@@ -8,12 +8,18 @@ import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ..arguments import check_whole
 from ..nn.scale import bounded_scale
 from .base import Likelihood
 from .distributions import DiscretizedLogistic, GridCategorical
 from .spaces import BinarizedSpace, GridSpace, PixelSpace, check_levels
 
-__all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogisticLikelihood"]
+__all__ = [
+    "BernoulliLikelihood",
+    "CategoricalLikelihood",
+    "DiscretizedLogisticLikelihood",
+    "LogisticMixtureLikelihood",
+]
 
 
 class BernoulliLikelihood(Likelihood):
@@ -65,6 +71,37 @@ class DiscretizedLogisticLikelihood(GridLikelihood):
     def _distribution(self, params: Tensor) -> TorchDistribution:
         loc, raw = params.chunk(2, dim=-3)
         return DiscretizedLogistic(loc, bounded_scale(raw, self.floor), self.levels)
+
+
+class LogisticMixtureLikelihood(GridLikelihood):
+    r"""A mixture of discretized logistics per pixel and channel.
+
+    .. math:: p(x) = \sum_{k=1}^K w_k \, p_k(x), \qquad w = \mathrm{softmax}(\mathrm{logits})
+
+    with :math:`p_k` a :class:`~pyro_vaediff.likelihoods.distributions.DiscretizedLogistic`. The
+    decoder outputs a logit, a location and a scale per component.
+
+    Arguments:
+        image_shape: The shape :math:`(C, H, W)` of one image.
+        levels: The number of levels that a pixel can take, at most 256.
+        num_components: The number of components :math:`K`.
+
+    References:
+        | PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood and Other
+          Modifications (Salimans et al., 2017), equation (2)
+        | https://arxiv.org/abs/1701.05517
+    """
+
+    def __init__(self, image_shape: Sequence[int], levels: int = 256, num_components: int = 5):
+        check_whole("num_components", num_components)
+        super().__init__(image_shape, maps_per_channel=3 * num_components, levels=levels)
+        self.floor = 0.1 / (levels - 1)  # as for a single one
+
+    def _distribution(self, params: Tensor) -> TorchDistribution:
+        maps = params.unflatten(-3, (3, -1, self.image_shape[0]))
+        logits, loc, raw = maps.movedim(-4, -1).unbind(-5)
+        components = DiscretizedLogistic(loc, bounded_scale(raw, self.floor), self.levels)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
 
 
 class CategoricalLikelihood(GridLikelihood):

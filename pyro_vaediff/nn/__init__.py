@@ -18,6 +18,7 @@ from .ladder import LadderEncoder, LadderPosterior, LadderStep, check_latent_gro
 from .mlp import MLPDecoder, MLPEncoder, mlp
 from .noise_matched import NoiseMatched
 from .paper import paper_decoder, paper_encoder
+from .pixelcnn import MaskedConv2d, PixelCNN
 from .resnet import ResNetDecoder, ResNetEncoder, check_latent_shape
 from .scale import bounded_scale, upcast
 from .vectors import Head
@@ -38,7 +39,9 @@ __all__ = [
     "MLPBackbone",
     "MLPDecoder",
     "MLPEncoder",
+    "MaskedConv2d",
     "NoiseMatched",
+    "PixelCNN",
     "ResNetDecoder",
     "ResNetEncoder",
     "ResidualMLP",

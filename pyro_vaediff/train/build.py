@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..denoise import REVERSE_VARIANCES
-from ..likelihoods import Likelihood, make_likelihood
+from ..likelihoods import AUTOREGRESSIVE, Likelihood, make_likelihood
 from ..nn import (
     ConvDecoder,
     ConvEncoder,
@@ -146,7 +146,9 @@ def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Modul
 
 def make_vae(config: ModelConfig) -> VAE:
     r"""Returns the VAE of a configuration, freshly initialized."""
-    likelihood = make_likelihood(config.likelihood, tuple(config.image_shape), config.levels)
+    options = {"kernel_size": config.window} if config.likelihood in AUTOREGRESSIVE else {}
+    shape = tuple(config.image_shape)
+    likelihood = make_likelihood(config.likelihood, shape, config.levels, **options)
     encoder, decoder = make_networks(config, likelihood)
     if config.noise_log_snr is not None:
         encoder = NoiseMatched(encoder, config.noise_log_snr)

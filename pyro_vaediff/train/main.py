@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     r"""Returns the options of a command line by name, with the defaults of the data set.
 
     Raises:
-        ValueError: If an option is not valid, or its prior or estimator has no use for it.
+        ValueError: If an option is not valid, or what was chosen has no use for it.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,7 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     args.latent_dim = size
     for part in PARTS.values():
-        check_use(part, given, {"prior": args.prior, "estimator": args.estimator})
+        check_use(part, given, vars(args))
     return args
 
 

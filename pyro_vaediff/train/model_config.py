@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..arguments import as_shape
 from ..denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
-from ..likelihoods import LIKELIHOODS
+from ..likelihoods import AUTOREGRESSIVE, LIKELIHOODS
 from ..nn import BACKBONES, FLOWS, check_latent_groups, check_latent_shape
 from ..priors import PRIORS
 from ..schedules import SCHEDULES
@@ -44,6 +44,12 @@ class ModelConfig(Checked):
         "top", "which groups have the prior, the others being Gaussian", choice(("top", "every"))
     )
     likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
+    window: int = option(
+        7,
+        "side of the window that a pixel is given, odd; 1 for nothing but its own channels",
+        number("odd and positive", lambda n: n > 0 and n % 2 == 1),
+        of={"likelihood": tuple(AUTOREGRESSIVE)},
+    )
     networks: str = option(
         "default",
         "encoder and decoder; default is resnet for latents that are images, mlp two gated layers "
