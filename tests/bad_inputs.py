@@ -657,6 +657,13 @@ SCRIPTS = {
         ("--weighting simple --conditioning x", "weighting='simple' is defined for .*"),
         ("--estimator trace-kl --timesteps all", "estimator='trace-kl' has no use for timesteps.*"),
         ("--condition labels --networks paper", "networks='paper' take no labels: .*"),
+        (
+            "--context-dropout 1 --condition labels",
+            r"context_dropout must be in \[0, 1\), got 1\.0",
+        ),
+        ("--context-dropout 0.1", "context_dropout must be 0 if there is no context to drop, .*"),
+        ("--guidance 2 --condition labels", r"guidance=2\.0 needs a prior that has learned .*"),
+        ("--guidance nan", "guidance must be finite, got nan"),
         ("--snapshots -1", "each of snapshots must be a whole number >= 0, got -1"),
         ("--snapshots 9", "each of snapshots must be at most the number of epochs, 1, got 9"),
         ("--test-k -1", "test_k must be a whole number >= 0, got -1"),

@@ -177,6 +177,16 @@ def test_every_option_runs(run, tmp_path, options):
     check_run(tmp_path / "run", lines, "diffusion", epochs=1)
 
 
+def test_guidance_is_one_more_picture_and_no_number(run, tmp_path):
+    options = {"condition": "labels", "context_dropout": 0.2, "epochs": 1}
+    run(tmp_path / "a", **options)
+    lines = run(tmp_path / "b", guidance=2.0, **options)
+    assert "guided.png: guidance 2.0, these samples are not the model's" in lines
+    assert (tmp_path / "b" / "guided.png").exists() and not (tmp_path / "a" / "guided.png").exists()
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    assert load_vae(tmp_path / "b")[0].prior.denoiser.context.null is not None
+
+
 def words(option, values):
     return [f"--{option}", *values]
 

@@ -8,6 +8,7 @@ see :mod:`~pyro_vaediff.train.options`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,3 +190,9 @@ class ReportConfig(Checked):
         0, "timesteps per test image of a diffusion prior; 0: all T of them", whole(0)
     )
     num_images: int = option(10_000, "images per side of the Fréchet distance, at most")
+    guidance: float = option(
+        0.0,
+        "weight w of classifier-free guidance, for a picture of samples that are not the model's",
+        number("finite", math.isfinite),
+        of=DIFFUSION,
+    )
