@@ -168,6 +168,7 @@ def test_other_priors(run, tmp_path, prior):
         {"weighting": "simple", "timesteps": "uniform", "likelihood": "gaussian-pixel"},
         {"weighting": "paper", "timesteps": "all", "precision": "bf16"},
         {"condition": "labels"},
+        {"beta": 0.5, "tc_weight": 2.0},
         {"conditioning": "x", "reverse_variance": "beta_tilde", "noise_log_snr": 3.0},
     ],
     ids=str,
@@ -224,7 +225,8 @@ def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
     if group_priors == "every" and prior != "diffusion":
         assert "group_priors='every' needs a prior" in error_of(out, *shapes, **options)
         return
-    lines = run(out, *shapes, **options)
+    weights = words("beta", ["1", "2", "0.5"])
+    lines = run(out, "--kl-balance", *shapes, *weights, **options)
     found = results(out)
     assert set(found["latents"]) == {"group1", "group2", "group3"}
     assert sum(use["kl"] for use in found["latents"].values()) == pytest.approx(
@@ -257,7 +259,7 @@ def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
         ),
         (["--latent-shape", "2", "4", "4", "--latent-dim", "5"], "latent_dim=5 is not the size of"),
         (["--dataset", "mnist", "--root", "nowhere", "--latent-shape", "4", "5", "5"], "28 x 28"),
-        (["--estimator", "trace", "--kl-warmup", "1"], "need an estimator with terms"),
+        (["--estimator", "trace", "--kl-warmup", "1"], "kl_warmup needs an estimator with terms"),
         (["--denoiser", "unet"], "event_shape must be (C, h, w) for a UNetBackbone"),
         (
             ["--latent-groups", "8", "2x4x4", "--group-priors", "every", "--denoiser", "unet"],
