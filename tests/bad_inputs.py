@@ -743,6 +743,16 @@ SCRIPTS = {
         ("--device tpu", "argument --device: 'tpu' is .*"),
         ("--out {file}", "--out .*file: .*file is a file: choose a folder"),
     ],
+    "rate_distortion.py": [
+        ("--epochs 0", "epochs must be a whole number >= 1, got 0"),
+        ("--latent-dim 0", "latent_dim must be a whole number >= 1, got 0"),
+        ("--limit 0", "limit must be a whole number >= 1, got 0"),
+        ("--priors flow copula", "unknown prior 'copula': choose one of .*"),
+        ("--betas 1 -1", r"each of beta must be a finite number >= 0, got -1\.0"),
+        ("--seeds 0 -1", "each of --seeds must be a whole number in .*, got -1"),
+        ("--device tpu", "argument --device: 'tpu' is .*"),
+        ("--out {file}", "--out .*file: .*file is a file: choose a folder"),
+    ],
     "benchmark.py": [
         ("--repeats 1", "--repeats must be at least 2, got 1"),
         ("--configurations mnist", "argument --configurations: invalid choice: .*"),
