@@ -170,6 +170,7 @@ def test_other_priors(run, tmp_path, prior):
         {"weighting": "paper", "timesteps": "all", "precision": "bf16"},
         {"condition": "labels"},
         {"likelihood": "autoregressive", "window": 3, "precision": "bf16"},
+        {"beta": 0.5, "tc_weight": 2.0},
         {"conditioning": "x", "reverse_variance": "beta_tilde", "noise_log_snr": 3.0},
     ],
     ids=str,
@@ -177,6 +178,16 @@ def test_other_priors(run, tmp_path, prior):
 def test_every_option_runs(run, tmp_path, options):
     lines = run(tmp_path / "run", epochs=1, **options)
     check_run(tmp_path / "run", lines, "diffusion", epochs=1)
+
+
+def test_guidance_is_one_more_picture_and_no_number(run, tmp_path):
+    options = {"condition": "labels", "context_dropout": 0.2, "epochs": 1}
+    run(tmp_path / "a", **options)
+    lines = run(tmp_path / "b", guidance=2.0, **options)
+    assert "guided.png: guidance 2.0, these samples are not the model's" in lines
+    assert (tmp_path / "b" / "guided.png").exists() and not (tmp_path / "a" / "guided.png").exists()
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    assert load_vae(tmp_path / "b")[0].prior.denoiser.context.null is not None
 
 
 def words(option, values):
@@ -216,7 +227,8 @@ def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
     if group_priors == "every" and prior != "diffusion":
         assert "group_priors='every' needs a prior" in error_of(out, *shapes, **options)
         return
-    lines = run(out, *shapes, **options)
+    weights = words("beta", ["1", "2", "0.5"])
+    lines = run(out, "--kl-balance", *shapes, *weights, **options)
     found = results(out)
     assert set(found["latents"]) == {"group1", "group2", "group3"}
     assert sum(use["kl"] for use in found["latents"].values()) == pytest.approx(
@@ -249,7 +261,7 @@ def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
         ),
         (["--latent-shape", "2", "4", "4", "--latent-dim", "5"], "latent_dim=5 is not the size of"),
         (["--dataset", "mnist", "--root", "nowhere", "--latent-shape", "4", "5", "5"], "28 x 28"),
-        (["--estimator", "trace", "--kl-warmup", "1"], "need an estimator with terms"),
+        (["--estimator", "trace", "--kl-warmup", "1"], "kl_warmup needs an estimator with terms"),
         (["--denoiser", "unet"], "event_shape must be (C, h, w) for a UNetBackbone"),
         (
             ["--latent-groups", "8", "2x4x4", "--group-priors", "every", "--denoiser", "unet"],

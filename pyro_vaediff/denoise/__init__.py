@@ -11,6 +11,7 @@ whose first part leaves :math:`\mathcal{N}(0, I)` unchanged. With a network that
 prior starts exactly at :math:`p(z_0) = \mathcal{N}(0, I)`.
 """
 
+from .context import Context
 from .denoiser import PARAMETERIZATIONS, Denoiser
 from .preconditioning import Preconditioning
 from .variances import (
@@ -30,6 +31,7 @@ __all__ = [
     "Analytic",
     "Beta",
     "BetaTilde",
+    "Context",
     "Denoiser",
     "Diagonal",
     "Learned",

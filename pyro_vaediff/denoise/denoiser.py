@@ -2,7 +2,6 @@ r"""The denoiser, which is the reverse kernel between any two times."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 from ..arguments import as_shape, check_choice, check_ends
 from ..diffusion import normal
-from ..nn.modes import eval_mode
+from ..nn.modes import eval_mode, shallow_copy
 from ..schedules import Schedule, Tables, Times, at_time, is_index
+from .context import Context
 from .preconditioning import Preconditioning
 from .variances import Learned, ReverseVariance, make_reverse_variance
 
@@ -54,9 +54,13 @@ class Denoiser(nn.Module):
             zero, whatever the variance.
         context_features: The number of features :math:`F` of the context, or its shape, such as
             :math:`(C, h, w)`; 0 for none.
+        context_dropout: The probability of dropping the context of a datum in train mode, see
+            :class:`~pyro_vaediff.denoise.Context`, for
+            :func:`~pyro_vaediff.sampling.guided`.
 
     Raises:
-        ValueError: If an option is unknown, or the backbone does not return what it must.
+        ValueError: If an option is unknown or out of range, or the backbone does not return what it
+            must.
     """
 
     def __init__(
@@ -68,10 +72,11 @@ class Denoiser(nn.Module):
         reverse_variance: str | ReverseVariance = "beta",
         preconditioning: bool = False,
         context_features: int | Sequence[int] = 0,
+        context_dropout: float = 0.0,
     ):
         super().__init__()
         shape = as_shape("context_features", context_features) if context_features else ()
-        self.context_shape = shape  #: The shape of the context of a datum, empty if there is none.
+        self.context = Context(shape, context_dropout)
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         if preconditioning and parameterization != "eps":
             raise ValueError(
@@ -122,7 +127,7 @@ class Denoiser(nn.Module):
     def network(self, z: Tensor, t: Times, c: Tensor | None = None) -> tuple[Tensor, ...]:
         r"""Returns the outputs of the network, in full precision also under autocast."""
         check_ends("z", z, self.event_shape)
-        self.check_context(c)
+        c = self.context(c)
         log_snr = self.log_snr(t).to(z)
         with torch.autocast(z.device.type, enabled=False):
             if self.preconditioning is None:
@@ -145,7 +150,7 @@ class Denoiser(nn.Module):
             inputs[0] = z.reshape(-1, *self.event_shape)
             inputs[1] = log_snr.expand(batch).reshape(-1)
             if c is not None:
-                shape = self.context_shape
+                shape = self.context.shape
                 inputs[2] = c.expand(*batch, *shape).reshape(-1, *shape)
         outputs = self.backbone(*(x.to(dtype) for x in inputs))
         if isinstance(outputs, Tensor):
@@ -230,22 +235,10 @@ class Denoiser(nn.Module):
             steps: The number of steps, or the times of a grid, see
                 :meth:`~pyro_vaediff.schedules.Schedule.with_steps`.
         """
-        new = copy.copy(self)
-        new._modules = dict(self._modules)
+        new = shallow_copy(self)
         new.schedule = self.schedule.with_steps(steps)
         new.kernel = Kernel(new.tables(new.schedule.original("times"))).to(self.kernel.skips)
         return new
-
-    def check_context(self, c: Tensor | None) -> None:
-        r"""Raises a ``ValueError`` unless there is a context if and only if there has to be one."""
-        shape = self.context_shape
-        given = None if c is None else tuple(c.shape)
-        if (not shape and c is not None) or (shape and (given or ())[-len(shape) :] != shape):
-            expected = f"a context that ends in shape {shape}" if shape else "None"
-            raise ValueError(
-                f"c must be {expected}, as the prior has context_features="
-                f"{shape[0] if len(shape) == 1 else shape or 0}, got {given}"
-            )
 
     def check_signal(self) -> None:
         r"""Raises a ``ValueError`` if nothing is left of :math:`z_0` in :math:`z_T`."""
@@ -261,8 +254,8 @@ class Denoiser(nn.Module):
         r"""Raises a ``ValueError`` unless the backbone returns what it must."""
         like = next(self.backbone.parameters(), torch.zeros(()))
         inputs = [like.new_zeros(2, *self.event_shape), like.new_zeros(2)]
-        if self.context_shape:
-            inputs.append(like.new_zeros(2, *self.context_shape))
+        if self.context.shape:
+            inputs.append(like.new_zeros(2, *self.context.shape))
         with eval_mode(self.backbone):  # the statistics of a BatchNorm stay as they are
             outputs = self.backbone(*inputs)
         expected = self.variance.num_outputs

@@ -79,12 +79,7 @@ def evaluate(
         ValueError: If there are no data, or an argument is out of range.
     """
     elbo = Timestep_ELBO("all", entropy="exact") if elbo is None else elbo
-    if isinstance(elbo, Reweighted):
-        raise ValueError(
-            f"elbo must estimate a bound, got Reweighted ({elbo.name}): use elbo.bound"
-        )
-    if not isinstance(elbo, pyro.infer.ELBO):
-        raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
+    check_bound(elbo)
     totals: dict[str, Tensor] = {}
     count = 0
     with evaluating(vae, seed):
@@ -93,6 +88,16 @@ def evaluate(
                 totals[name] = totals.get(name, 0.0) + term.double()
             count += len(x)
     return {name: float(total / count) for name, total in totals.items()}
+
+
+def check_bound(elbo: object) -> None:
+    r"""Raises a ``ValueError`` unless an estimator is one of a bound, as whatever reports needs."""
+    if isinstance(elbo, Reweighted):
+        raise ValueError(
+            f"elbo must estimate a bound, got Reweighted ({elbo.name}): use elbo.bound"
+        )
+    if not isinstance(elbo, pyro.infer.ELBO):
+        raise ValueError(f"elbo must be an estimator of the ELBO, got {elbo!r}")
 
 
 @torch.no_grad()

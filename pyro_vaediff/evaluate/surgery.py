@@ -34,7 +34,7 @@ from ..diffusion import base_normal
 from ..infer import TermsELBO, Timestep_ELBO, elbo_terms
 from ..priors import Prior
 from ..vae import VAE, posterior
-from .elbo import Data, evaluating, in_batches, value_elbo
+from .elbo import Data, check_bound, evaluating, in_batches, value_elbo
 from .likelihood import prior_log_prob
 
 __all__ = ["Estimate", "Surgery", "aggregate_log_prob", "chain_log_prob", "elbo_surgery"]
@@ -169,6 +169,7 @@ def chain_log_prob(prior: Prior, z_0: Tensor, elbo: TermsELBO, c: Tensor | None 
     Returns:
         The estimates, with shape :math:`(*)`.
     """
+    check_bound(elbo)
     batch = z_0.shape[: z_0.ndim - prior.event_dim]
     flat = z_0.reshape(-1, *prior.event_shape)
     c = None if c is None else c.expand(batch + c.shape[1:]).flatten(0, len(batch) - 1)

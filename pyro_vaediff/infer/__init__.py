@@ -3,7 +3,7 @@ r"""Estimators of the ELBO, and checks of when they are valid."""
 from .antithetic import Antithetic
 from .checks import check_mean_field
 from .factory import ESTIMATORS, make_elbo, particle_options
-from .objectives import FreeBits, KLWeight
+from .objectives import FreeBits, KLBalance, KLWeight, TotalCorrelation, total_correlation
 from .proposals import (
     PROPOSALS,
     ImportanceTimesteps,
@@ -28,6 +28,7 @@ __all__ = [
     "Estimator",
     "FreeBits",
     "ImportanceTimesteps",
+    "KLBalance",
     "KLWeight",
     "LossAwareTimesteps",
     "Proposal",
@@ -36,6 +37,7 @@ __all__ = [
     "TermsELBO",
     "Timestep_ELBO",
     "Timesteps",
+    "TotalCorrelation",
     "TraceKL_ELBO",
     "UniformTimesteps",
     "check_mean_field",
@@ -43,6 +45,7 @@ __all__ = [
     "elbo_terms",
     "make_elbo",
     "particle_options",
+    "total_correlation",
     "typical_kl",
     "variance_kl",
 ]

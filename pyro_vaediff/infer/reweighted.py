@@ -123,11 +123,12 @@ class Reweighted(TermsELBO):
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> list[list[Term]]:
         particles = self.elbo.particles(model, guide, *args, **kwargs)
-        pairs = [[(term, self.weights(term)) for term in terms] for terms in particles]
-        return [
-            [term._replace(value=value) for term, value in terms if value is not None]
-            for terms in pairs
-        ]
+        return [self.reweight(terms) for terms in particles]
+
+    def reweight(self, terms: list[Term]) -> list[Term]:
+        r"""Returns what takes the place of the terms of a particle."""
+        pairs = [(term, self.weights(term)) for term in terms]
+        return [term._replace(value=value) for term, value in pairs if value is not None]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.elbo.state_dict()

@@ -1,11 +1,15 @@
-r"""Modes of networks."""
+r"""Modes of networks, and copies that share their parts."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
@@ -18,3 +22,10 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def shallow_copy(module: M) -> M:
+    r"""Returns a module with the same parts and parameters, whose parts can be exchanged."""
+    new = copy.copy(module)
+    new._modules = dict(module._modules)
+    return new

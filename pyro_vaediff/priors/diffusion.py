@@ -2,7 +2,6 @@ r"""Diffusion priors: the paper's contribution, as a pair of Pyro programs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import pyro
@@ -14,6 +13,7 @@ from ..arguments import check_choice
 from ..denoise import Denoiser, ReverseVariance, make_reverse_variance
 from ..diffusion import Start, q_marginal, q_reverse, q_step
 from ..nn.backbones import make_backbone
+from ..nn.modes import shallow_copy
 from ..register import register
 from ..schedules import Schedule, Times, make_schedule
 from .base import Prior, SiteInfer
@@ -55,6 +55,9 @@ class DiffusionPrior(Prior):
             All three are the same distribution.
         context_features: The number of features :math:`F` of the context, or its shape if it is an
             image; 0 for none.
+        context_dropout: The probability of dropping the context of a datum in train mode, see
+            :class:`~pyro_vaediff.denoise.Context`. If it is positive, ``model()`` without a context
+            is a program as well.
         denoiser: A whole :class:`~pyro_vaediff.denoise.Denoiser`, in place of what it is made of:
             all options from ``num_timesteps`` to ``preconditioning``.
 
@@ -80,6 +83,7 @@ class DiffusionPrior(Prior):
         preconditioning: bool = False,
         order: str = "forward",
         context_features: int | Sequence[int] = 0,
+        context_dropout: float = 0.0,
         denoiser: Denoiser | None = None,
     ):
         super().__init__(event_shape)
@@ -103,6 +107,7 @@ class DiffusionPrior(Prior):
                 reverse_variance,
                 preconditioning,
                 context_features,
+                context_dropout,
             )
         elif not isinstance(denoiser, Denoiser) or denoiser.event_shape != self.event_shape:
             raise ValueError(
@@ -211,8 +216,7 @@ class DiffusionPrior(Prior):
             >>> list(pyro.poutine.trace(prior.model).get_trace().stochastic_nodes)
             ['z_3', 'z_2', 'z_1', 'z_0']
         """
-        new = copy.copy(self)
-        new._modules = dict(self._modules)
+        new = shallow_copy(self)
         new.denoiser = self.denoiser.with_steps(steps)
         return new
 

@@ -89,6 +89,7 @@ def make_diffusion_prior(config: ModelConfig, context: int | tuple[int, ...]) ->
         config.reverse_variance,
         preconditioning=special,
         context_features=context,
+        context_dropout=config.context_dropout,
     )
 
 

@@ -8,6 +8,7 @@ see :mod:`~pyro_vaediff.train.options`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,18 @@ class TrainConfig(Checked):
         "constant", "of the rates, cosine to zero", choice(("constant", "cosine"))
     )
     warmup: int = option(0, "steps in which the rates rise", whole(0))
+    beta: tuple[float, ...] = option(
+        (),
+        "weight of the KL, or of that of each group of latents from the top (1); no bound but at 1",
+        metavar="WEIGHT",
+    )
+    tc_weight: float = option(
+        1.0, "weight of the total correlation of the latents (beta-TCVAE)", check_nonnegative
+    )
     kl_warmup: int = option(0, "epochs in which the weight of the KL rises to 1", whole(0))
+    kl_balance: bool = option(
+        False, "balance the KLs of the groups of latents while they warm up (NVAE)"
+    )
     free_bits: float = option(
         0.0,
         "nats per datum that the KL of each group of latents may have for free",
@@ -146,6 +158,10 @@ class TrainConfig(Checked):
         super().__post_init__()
         if self.epochs == 0 and not self.prior_epochs:
             raise ValueError("epochs must be positive, got 0")
+        for value in self.beta:
+            check_nonnegative("each of beta", value)
+        if self.kl_balance and not self.kl_warmup:
+            raise ValueError("kl_balance ends with the warm-up of the KL: give kl_warmup")
         if self.gaussian_epochs > self.epochs:
             raise ValueError(
                 f"gaussian_epochs must be at most epochs={self.epochs}, got {self.gaussian_epochs}"
@@ -189,3 +205,9 @@ class ReportConfig(Checked):
         0, "timesteps per test image of a diffusion prior; 0: all T of them", whole(0)
     )
     num_images: int = option(10_000, "images per side of the Fréchet distance, at most")
+    guidance: float = option(
+        0.0,
+        "weight w of classifier-free guidance, for a picture of samples that are not the model's",
+        number("finite", math.isfinite),
+        of=DIFFUSION,
+    )

@@ -16,6 +16,7 @@ The run directory (``--out``) then holds
     results.json            the test results: everything that was printed at the end
     terms.csv               the negative ELBO of the test images, term by term
     samples.png             samples of the prior, decoded; by class with --condition labels
+    guided.png              samples that are not the model's, with --guidance
     reconstructions.png     test images and their reconstructions
     groups.png              what the top groups of latents keep of an image (hierarchy)
     denoising.png           z_T -> z_0, decoded on the way                     (diffusion prior)
@@ -106,6 +107,11 @@ class Config:
             raise ValueError(
                 f"weighting={self.elbo.weighting!r} is defined for a fixed reverse variance, got "
                 f"reverse_variance={variance!r}"
+            )
+        if self.report.guidance and not self.model.context_dropout:
+            raise ValueError(
+                f"guidance={self.report.guidance} needs a prior that has learned to do without "
+                "labels: give context_dropout, such as 0.1"
             )
 
     @classmethod
@@ -291,5 +297,6 @@ def run(config: Config, device: torch.device) -> None:
         progress=not config.run.quiet,
         extra={"training_seconds": seconds, "parameters": counts},
         labels=labels,
+        guidance=config.report.guidance,
     )
     print("\n".join(lines))

@@ -99,6 +99,12 @@ class ModelConfig(Checked):
         number("finite", math.isfinite),
         of=DIFFUSION,
     )
+    context_dropout: float = option(
+        0.0,
+        "probability of dropping the labels in training, for --guidance",
+        number("in [0, 1)", lambda x: 0 <= x < 1),
+        of=DIFFUSION,
+    )
     num_classes: int = 0
 
     def __post_init__(self) -> None:

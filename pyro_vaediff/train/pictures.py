@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import plotting
 from ..likelihoods import PixelSpace
 from ..priors import DiffusionPrior, HierarchicalPrior, Prior
-from ..sampling import point, reconstruct, sample, trajectory
+from ..sampling import guided, point, reconstruct, sample, trajectory
 from ..vae import VAE, call
 from .splits import one_hot
 
@@ -54,6 +54,7 @@ def save_pictures(
     classes: int | None,
     out: Path,
     missing: Missing,
+    guidance: float = 0.0,
 ) -> None:
     r"""Writes the pictures that a model is judged by at a glance; samples by class, if it has any.
 
@@ -65,6 +66,7 @@ def save_pictures(
         classes: The number of classes, if the context is the class: samples are in rows by class.
         out: The run directory.
         missing: Where to note what is not available.
+        guidance: The weight of the guidance of samples that are not the model's, 0 for none.
     """
     with missing.unless("pictures"):
         space = pixel_space(vae)
@@ -78,6 +80,9 @@ def save_pictures(
                 given = one_hot(torch.arange(classes).repeat_interleave(8), classes).to(x)
             z = sample(vae.prior, 64 if given is None else len(given), given)
             plotting.save_image_grid(to_unit(z, given), out / "samples.png", columns=8)
+            if guidance and given is not None:
+                z = sample(guided(vae.prior, guidance), len(given), given)
+                plotting.save_image_grid(to_unit(z, given), out / "guided.png", columns=8)
         with missing.unless("reconstructions.png"):
             few = None if c is None else c[:16]
             plotting.save_reconstructions(

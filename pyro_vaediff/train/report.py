@@ -45,6 +45,7 @@ def report(
     progress: bool = False,
     extra: dict[str, Any] | None = None,
     labels: bool = False,
+    guidance: float = 0.0,
 ) -> list[str]:
     r"""Evaluates a trained VAE on test data and writes results, tables and pictures.
 
@@ -64,6 +65,8 @@ def report(
         progress: Whether to show progress bars.
         extra: More entries for ``results.json``.
         labels: Whether the labels of the images are the context, one-hot.
+        guidance: The weight of :func:`~pyro_vaediff.sampling.guided` samples, for one more picture;
+            all other pictures and numbers are those of the model.
 
     Returns:
         Lines that say what was found, and where it is.
@@ -133,7 +136,10 @@ def report(
     with missing.unless("kl_by_timestep.png"):
         if kl is not None:
             plotting.plot_kl_by_timestep(kl, out / "kl_by_timestep.png")
-    save_pictures(vae, test, x, None if c is None else c[: len(x)].to(x), classes, out, missing)
+    few = None if c is None else c[: len(x)].to(x)
+    save_pictures(vae, test, x, few, classes, out, missing, guidance)
+    if guidance:
+        lines.append(f"guided.png: guidance {guidance}, these samples are not the model's")
     if len(missing.reasons) > known:
         save()
     return [*lines, *missing.lines(), f"results, tables and pictures are in {out}"]
