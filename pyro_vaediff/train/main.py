@@ -105,6 +105,12 @@ class Config:
                 f"weighting={self.elbo.weighting!r} is defined for a fixed reverse variance, got "
                 "reverse_variance='learned'"
             )
+        continuous = self.model.prior == "diffusion" and self.model.num_timesteps == "continuous"
+        if continuous and (self.elbo.estimator, self.elbo.weighting) != ("timestep", "elbo"):
+            raise ValueError(
+                "num_timesteps='continuous' needs estimator='timestep' and weighting='elbo', got "
+                f"{self.elbo.estimator!r} and {self.elbo.weighting!r}"
+            )
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Config:
