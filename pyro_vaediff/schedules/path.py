@@ -47,10 +47,8 @@ class Path(Tables):
         Arguments:
             t: Times in :math:`(0, 1]`, in float64 and with shape :math:`(*)`.
         """
-        step, _ = self.locate(t)
-        slope = (
-            len(self._log_alphas) * self._log_alphas.to(t, non_blocking=True)[step]
-        )  # of log alpha_bar
+        log_alphas = self._log_alphas.to(t, non_blocking=True)
+        slope = len(log_alphas) * log_alphas[self.locate(t)[0]]  # of log alpha_bar
         return slope / torch.sigmoid(-self(t))
 
     def locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
