@@ -38,6 +38,7 @@ __all__ = [
     "kl_normal",
     "normal",
     "q_marginal",
+    "q_noise",
     "q_reverse",
     "q_reverse_moments",
     "q_step",
@@ -194,3 +195,33 @@ def q_reverse_moments(
     ratio = (alpha_bar_s * s2 + one_minus_s) / (alpha_bar_t * s2 + one_minus_t)
     gain = (1 - beta).sqrt() * ratio
     return alpha_bar_s.sqrt() * m + gain * (z - alpha_bar_t.sqrt() * m), ratio * beta
+
+
+def q_noise(schedule: Schedule, start: Start, z: Tensor, t: Times, event_dim: int = 1) -> Tensor:
+    r"""Returns the noise of latents, :math:`-\sqrt{1 - \bar\alpha_t}` times their score.
+
+    .. math:: \epsilon_q = -\sqrt{1 - \bar\alpha_t} \, \nabla \log q(z_t | \cdot) =
+        \sqrt{1 - \bar\alpha_t} \, \frac{z_t - m_t}{v_t}
+
+    Given clean :math:`z_0` it is what was added, :math:`z_t = \sqrt{\bar\alpha_t} \, z_0 + \sqrt{1
+    - \bar\alpha_t} \, \epsilon`, and given :math:`x` its mean, :math:`E[\epsilon | z_t, x]`. A step
+    of length :math:`dt` has, to first order,
+
+    .. math:: \mathrm{KL}(q(z_{t - dt} | z_t, \cdot) \,\|\, p(z_{t - dt} | z_t)) = -\tfrac{1}{2}
+        \lambda'(t) \, \| \epsilon_q - \hat\epsilon(z_t) \|^2 \, dt .
+
+    Arguments:
+        schedule: The schedule.
+        start: The point :math:`z_0` or the Gaussian :math:`q(z_0 | x)`.
+        z: The latents :math:`z_t`.
+        t: The time(s), positive.
+        event_dim: The number of dimensions of a latent.
+
+    References:
+        | Variational Diffusion Models (Kingma et al., 2021), equation (17)
+        | https://arxiv.org/abs/2107.00630
+    """
+    m, s2 = gaussian_moments(start)
+    alpha_bar, one_minus = schedule.signal(t, event_dim)
+    noise = torch.sigmoid(-schedule.log_snr_at(t))[(...,) + (None,) * event_dim].to(one_minus)
+    return noise.sqrt() * (z - alpha_bar.sqrt() * m) / (alpha_bar * s2 + one_minus)

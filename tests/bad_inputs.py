@@ -531,7 +531,7 @@ LIBRARY = [
     (lambda it: ModelConfig(prior_width=0), "prior_width must be a whole number >= 1, got 0"),
     (
         lambda it: ModelConfig("gaussian", num_timesteps=0),
-        "num_timesteps must be a whole number >= 1, got 0",
+        "num_timesteps must be a whole number >= 1 or 'continuous', got 0",
     ),
     (
         lambda it: ModelConfig(image_shape=(8, 8)),
@@ -722,7 +722,7 @@ SCRIPTS = {
         ("--points 0", "--points must be positive and finite, got 0"),
         ("--lr 0", r"--lr must be positive and finite, got 0\.0"),
         ("--width 0", "width must be a whole number >= 1, got 0"),
-        ("--num-timesteps 0", "num_timesteps must be a whole number >= 1, got 0"),
+        ("--num-timesteps 0", "num_timesteps must be a whole number >= 1 .*, got 0"),
         ("--seeds 0 -1", "each of --seeds must be a whole number in .*, got -1"),
         ("--start {missing}", "no checkpoint at .*missing"),
         ("--start {gaussian}", "--start .* must have a diffusion prior"),

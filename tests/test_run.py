@@ -194,6 +194,18 @@ def words(option, values):
     return [f"--{option}", *values]
 
 
+def test_continuous_time(run, tmp_path):
+    out = tmp_path / "run"
+    options = {"num_timesteps": "continuous", "schedule": "cosine", "limit": 10}
+    run(out, "--features", "none", **options)
+    assert {path.name for path in out.iterdir()} == FILES | OF_DIFFUSION
+    assert "KL of the times from 1 to T" in results(out)["terms"]
+    assert len(table(out / "kl_by_timestep.csv")) == 1000
+    run(out, "--features", "none", "--resume", **options)
+    vae, config = load_vae(out)
+    assert vae.prior.continuous and config.num_timesteps == "continuous"
+
+
 @pytest.mark.parametrize(
     "prior, flags",
     [
@@ -493,7 +505,7 @@ ERRORS = [
     ({"schedule": "sqrt"}, "unknown schedule 'sqrt'"),
     ({"parameterization": "x"}, "unknown parameterization 'x'"),
     ({"reverse_variance": "x"}, "unknown reverse_variance 'x'"),
-    ({"num_timesteps": 0}, "num_timesteps must be a whole number >= 1, got 0"),
+    ({"num_timesteps": 0}, "num_timesteps must be a whole number >= 1 or 'continuous', got 0"),
     ({"latent_dim": 0}, "latent_dim must be a whole number >= 1, got 0"),
     ({"latent_dim": "two"}, "--latent-dim: invalid int value: 'two'"),
     ({"width": 0}, "width must be a whole number >= 1, got 0"),
@@ -525,6 +537,13 @@ ERRORS = [
     ({"num_images": -5}, "needs at least 2 images, got --num-images -5"),
     ({"features": "vgg"}, "unknown features 'vgg'"),
     ({"prior": "flow", "num_timesteps": 5}, "prior='flow' has no use for num_timesteps"),
+    ({"num_timesteps": "half"}, "a whole number >= 1 or 'continuous', got 'half'"),
+    (
+        {"num_timesteps": "continuous", "weighting": "simple"},
+        "num_timesteps='continuous' needs estimator='timestep' and weighting='elbo', got 'timestep'"
+        " and 'simple'",
+    ),
+    ({"num_timesteps": "continuous", "reverse_variance": "learned"}, "have no limit, got"),
     ({"estimator": "trace", "entropy": "exact"}, "estimator='trace' has no use for entropy"),
     ({"condition": "labels", "prior": "vamp"}, "prior='vamp' takes no labels"),
 ]

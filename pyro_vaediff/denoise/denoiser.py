@@ -88,6 +88,13 @@ class Denoiser(nn.Module):
         self.parameterization = parameterization
         self.variance = make_reverse_variance(reverse_variance, self.event_shape)
         self.preconditioning = Preconditioning(event_shape) if preconditioning else None
+        self.continuous = schedule.continuous  #: Whether the network is trained in continuous time.
+        if self.continuous and (parameterization == "mu" or self.variance.num_outputs > 1):
+            raise ValueError(
+                "in continuous time, a mean 'mu' and a learned variance have no limit, got "
+                f"parameterization={parameterization!r} and a {type(self.variance).__name__} "
+                "variance: use 'eps' and 'beta'"
+            )
         self._home = schedule.original("times")  # the grid that the network is trained on
         self.kernel = Kernel(self.tables(self._home))
         self.check_backbone()
@@ -123,6 +130,24 @@ class Denoiser(nn.Module):
         self.check_signal()
         kernel = self.coefficients(t, None)
         return kernel("z0_skips") * z + kernel("z0_gains") * self.network(z, t, c)[0]
+
+    def noise(self, z: Tensor, t: Times, c: Tensor | None = None) -> Tensor:
+        r"""Returns the noise :math:`\hat\epsilon` that the estimate of :math:`z_0` implies, in
+        continuous time.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
+            t: The time(s), positive.
+            c: The context, with shape :math:`(B, F)`.
+        """
+        log_snr = self.schedule.log_snr_at(t)[(...,) + (None,) * self.event_dim]
+        gain = {
+            "eps": torch.ones_like(log_snr),
+            "z0": -torch.exp(log_snr / 2),
+            "v": torch.sigmoid(log_snr).sqrt(),
+        }[self.parameterization]
+        skip = torch.sigmoid(-log_snr).sqrt()
+        return skip.to(z) * z + gain.to(z) * self.network(z, t, c)[0]
 
     def network(self, z: Tensor, t: Times, c: Tensor | None = None) -> tuple[Tensor, ...]:
         r"""Returns the outputs of the network, in full precision also under autocast."""
@@ -214,8 +239,10 @@ class Denoiser(nn.Module):
             "v": -b * one_minus.sqrt(),  # z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
         }[self.parameterization]
         variance = self.variance(beta, beta_tilde)
-        # The linear part of a Gaussian with other moments is that of the preconditioning.
-        skips = (alpha if self.preconditioning is not None else 1 - variance).sqrt()
+        # The linear part of a Gaussian with other moments is that of the preconditioning, and of
+        # infinitely many steps that of their limit: z0_skips = sqrt(abar).
+        as_beta = self.preconditioning is not None or self.continuous
+        skips = (alpha if as_beta else 1 - variance).sqrt()
         return {
             "a": a,
             "b": b,

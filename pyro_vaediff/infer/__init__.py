@@ -2,6 +2,7 @@ r"""Estimators of the ELBO, and checks of when they are valid."""
 
 from .antithetic import Antithetic
 from .checks import check_mean_field
+from .collapse import CollapseChain
 from .factory import ESTIMATORS, make_elbo, particle_options
 from .objectives import FreeBits, KLBalance, KLWeight, TotalCorrelation, total_correlation
 from .proposals import (
@@ -16,7 +17,7 @@ from .proposals import (
 )
 from .reweighted import REWEIGHTINGS, Reweighted
 from .terms import Estimator, differentiable_terms, elbo_terms
-from .timestep_elbo import CollapseChain, Timestep_ELBO
+from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import Term, TermsELBO, TraceKL_ELBO
 
 __all__ = [

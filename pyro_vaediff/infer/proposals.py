@@ -22,6 +22,7 @@ from torch import Size, Tensor, nn
 
 from ..arguments import check_choice
 from ..priors import DiffusionPrior
+from ..schedules import is_index
 
 __all__ = [
     "PROPOSALS",
@@ -48,6 +49,7 @@ class Timesteps(dist.TorchDistribution):
         first: The timestep of the first probability.
         low_discrepancy: Whether the samples of a batch are spread evenly.
         batch_shape: The batch shape.
+        continuous: Whether samples are positions, uniform in :math:`[t - 1, t)`, not :math:`t`.
 
     References:
         | Variational Diffusion Models (Kingma et al., 2021), Appendix I.1
@@ -68,21 +70,25 @@ class Timesteps(dist.TorchDistribution):
         first: int = 1,
         low_discrepancy: bool = False,
         batch_shape: Sequence[int] = (),
+        continuous: bool = False,
         validate_args: bool | None = None,
     ):
         self.probs = probs
         self.first = first
         self.low_discrepancy = low_discrepancy
+        self.continuous = continuous
         super().__init__(Size(batch_shape), Size(), validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:
-        return constraints.integer_interval(self.first, self.first + len(self.probs) - 1)
+        last = self.first + len(self.probs) - 1
+        if self.continuous:
+            return constraints.half_open_interval(self.first - 1, last)
+        return constraints.integer_interval(self.first, last)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Timesteps:
-        new = Timesteps(
-            self.probs, self.first, self.low_discrepancy, batch_shape, validate_args=False
-        )
+        options = self.low_discrepancy, batch_shape, self.continuous
+        new = Timesteps(self.probs, self.first, *options, validate_args=False)
         new._validate_args = self._validate_args  # of values; the probabilities have been validated
         return new
 
@@ -95,18 +101,27 @@ class Timesteps(dist.TorchDistribution):
             u = ((u + torch.rand((), dtype=cdf.dtype, device=cdf.device)) % 1).reshape(shape)
         else:
             u = torch.rand(shape, dtype=cdf.dtype, device=cdf.device)
-        index = torch.searchsorted(cdf / cdf[-1], u, right=True)
-        return self.first + index.clamp(max=len(cdf) - 1)
+        cdf = cdf / cdf[-1]
+        index = torch.searchsorted(cdf, u, right=True).clamp(max=len(cdf) - 1)
+        if not self.continuous:
+            return self.first + index
+        rest = 1 - (cdf[index] - u) / cdf.diff(prepend=cdf.new_zeros(1))[index]
+        return self.first - 1 + index + rest.clamp(0, 1 - 1e-9)  # inside, whatever its rounding
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return self.probs[value - self.first].log()
+        return self.probs[cell(value) - self.first].log()
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         values = torch.arange(self.first, self.first + len(self.probs), device=self.probs.device)
         values = values.reshape((-1,) + (1,) * len(self.batch_shape))
         return values.expand((-1, *self.batch_shape)) if expand else values
+
+
+def cell(t: Tensor) -> Tensor:
+    r"""Returns the timesteps of positions in :math:`[t - 1, t)`; timesteps are their own."""
+    return t if is_index(t) else t.long() + 1
 
 
 class Proposal(nn.Module, ABC):

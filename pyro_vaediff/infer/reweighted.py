@@ -69,6 +69,11 @@ def paper(term: Term) -> Tensor | None:
 def fixed_variance(term: Term) -> tuple[DiffusionPrior, int | Tensor]:
     r"""Returns the prior and the times of a step that is a square of means."""
     prior, t = term.site["infer"]["prior"], term.site["infer"]["t"]
+    if prior.continuous:
+        raise ValueError(
+            "the weightings 'simple' and 'paper' are defined for a number of steps, got a prior in "
+            "continuous time: train prior.with_steps(n)"
+        )
     given_x = term.role == "first" and term.site["infer"].get("closed_form_kl", False)
     if not prior.denoiser.variance.fixed or given_x:
         raise ValueError(

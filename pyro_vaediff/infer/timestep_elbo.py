@@ -1,8 +1,8 @@
 r"""The ELBO of a diffusion prior from a few timesteps per datum.
 
 The same ``prior.model()`` and ``prior.guide(q_z0)`` which unroll into :math:`T + 1` sample sites
-are re-interpreted by an effect handler, :class:`CollapseChain`, as two programs with the sites of a
-few timesteps. The bound is the same, its cost does not depend on :math:`T`.
+are re-interpreted by an effect handler, :class:`~pyro_vaediff.infer.CollapseChain`, as two programs
+with the sites of a few timesteps. The bound is the same, its cost does not depend on :math:`T`.
 """
 
 from __future__ import annotations
@@ -12,147 +12,19 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..arguments import check_choice, check_whole
-from ..diffusion import normal, q_marginal, q_reverse, q_reverse_moments
-from ..priors import DiffusionPrior, SiteInfer
-from ..register import register
-from ..schedules import at_time
-from .proposals import Proposal, Timesteps, make_proposal, variance_kl
+from ..priors import DiffusionPrior
+from .collapse import PLATE, CollapseChain
+from .proposals import Proposal, make_proposal
 from .trace_kl_elbo import Term, TraceKL_ELBO
 
-__all__ = ["CollapseChain", "Timestep_ELBO"]
+__all__ = ["Timestep_ELBO"]
 
 CONDITIONINGS = ("z_0", "x")
-PLATE = "diffusion_timesteps"  # unlike any plate of the programs around
-
-
-class CollapseChain(Messenger):
-    r"""An effect handler that interprets the chain of a diffusion prior as a few of its steps.
-
-    For each chosen timestep there are two sites: ``"z_t"`` has the law :math:`q(z_t | \cdot)` and
-    only a value, ``"z_s"`` with :math:`s = t - 1` has the reverse kernels :math:`q(z_s | z_t,
-    \cdot)` and :math:`p(z_s | z_t)`, and the weight :math:`1 / k r(t)` of its timestep.
-
-    Arguments:
-        propose: A function that returns the proposal of a prior, or ``None`` for all timesteps.
-        k: The number of timesteps per datum.
-        conditioning: What the dot stands for, ``"z_0"`` or ``"x"``.
-        low_discrepancy: Whether the timesteps of a batch are spread evenly.
-        chunk_size: The number of timesteps that are evaluated at once if there is no proposal.
-    """
-
-    def __init__(
-        self,
-        propose: Callable[[DiffusionPrior], Proposal] | None,
-        k: int,
-        conditioning: str,
-        low_discrepancy: bool,
-        chunk_size: int,
-    ):
-        super().__init__()
-        self.propose = propose
-        self.k = k
-        self.conditioning = conditioning
-        self.low_discrepancy = low_discrepancy
-        self.chunk_size = chunk_size
-
-    # The statements' messages carry the prior as their first argument.
-    def _pyro_diffusion_model(self, msg: dict) -> None:
-        msg["fn"] = self.model
-
-    def _pyro_diffusion_guide(self, msg: dict) -> None:
-        msg["fn"] = self.guide
-
-    def model(self, prior: DiffusionPrior, c: Tensor | None = None) -> Tensor:
-        r"""Interprets ``prior.model(c)``."""
-        register("prior", prior)
-        self.add_constant(prior)
-        # Nuisances have no law in the model. Their distributions only say which shape they have.
-        p_T, T = prior.standard_normal(), prior.num_timesteps
-        z_T = pyro.sample(f"z_{T}", p_T)
-        z_1 = z_T if T == 1 else nuisance("z_1", p_T)
-        for chunk, t in self.timesteps(prior):
-            z_t = nuisance(f"z_t{chunk}", p_T)
-            pyro.sample(f"z_s{chunk}", prior.reverse(z_t, t, c))
-        return pyro.sample("z_0", prior.reverse(z_1, 1, c))
-
-    def guide(
-        self, prior: DiffusionPrior, q_z0: dist.TorchDistribution, c: Tensor | None = None
-    ) -> Tensor:
-        r"""Interprets ``prior.guide(q_z0, c)``."""
-        prior.check_posterior(q_z0)
-        q, T, n = prior.schedule, prior.num_timesteps, prior.event_dim
-        legal, given_x = SiteInfer(closed_form_kl=True), self.conditioning == "x"
-        start = q_z0 if given_x else pyro.sample("z_0", q_z0, infer=prior.role(0))
-        z_T = pyro.sample(f"z_{T}", q_marginal(q, start, T, n), infer=legal | prior.role(T))
-        z_1 = z_T if T == 1 else nuisance("z_1", q_marginal(q, start, 1, n))
-        for chunk, t in self.timesteps(prior):
-            z_t = nuisance(f"z_t{chunk}", q_marginal(q, start, t, n))
-            role = prior.role(1) | SiteInfer(t=t, chunk=chunk)
-            pyro.sample(f"z_s{chunk}", self.q_reverse(prior, start, z_t, t), infer=legal | role)
-        if not given_x:
-            return start
-        q_0 = q_reverse(q, start, z_1, 1, event_dim=n)
-        return pyro.sample("z_0", q_0, infer=legal | prior.role(0))
-
-    def timesteps(self, prior: DiffusionPrior) -> Iterator[tuple[str, Tensor]]:
-        r"""Yields the timesteps inside of their plate and weight, with a suffix for their sites."""
-        T = prior.num_timesteps
-        if T == 1:
-            return
-        if self.propose is not None:
-            probs = self.propose(prior)(prior, self.conditioning)
-            with pyro.plate(PLATE, self.k):
-                t = nuisance("t", Timesteps(probs, 2, self.low_discrepancy))
-                with poutine.scale(scale=1 / (self.k * probs[t - 2])):
-                    yield "", t
-            return
-        first = 2
-        for t in torch.arange(2, T + 1, device=prior.origin.device).split(self.chunk_size):
-            # The chunk is named without reading the device.
-            chunk = f"[{first}:{min(first + self.chunk_size, T + 1)}]"
-            first += self.chunk_size
-            plate = pyro.plate(f"{PLATE}{chunk}", len(t))
-            with plate:
-                assert plate.dim is not None  # inside of the plate
-                yield chunk, t.reshape((-1,) + (1,) * (-1 - plate.dim))
-
-    # Given z_0 and with a fixed variance, a KL is a square of means and a constant, whose sum over
-    # all timesteps is known.
-    def has_constant(self, prior: DiffusionPrior) -> bool:
-        r"""Returns whether the variances' part of the KLs is a constant of its own."""
-        return self.conditioning == "z_0" and prior.denoiser.variance.fixed
-
-    def add_constant(self, prior: DiffusionPrior) -> None:
-        r"""Adds the sum over all timesteps of the constant part of the KLs."""
-        if self.has_constant(prior) and prior.num_timesteps > 1:
-            constant = prior.latent_dim * variance_kl(prior).sum().item()
-            unit = dist.Unit(prior.schedule.betas.new_full((), -constant))
-            pyro.sample("constant", unit, obs=unit.sample(), infer=SiteInfer(role="constant"))
-
-    def q_reverse(
-        self, prior: DiffusionPrior, start: Tensor | dist.TorchDistribution, z_t: Tensor, t: Tensor
-    ) -> dist.TorchDistribution:
-        r"""Returns :math:`q(z_s | z_t, \cdot)`, at the scale of the prior's if that is fixed."""
-        n = prior.event_dim
-        loc, variance = q_reverse_moments(prior.schedule, start, z_t, t, event_dim=n)
-        if self.has_constant(prior):
-            return normal(loc, at_time(prior.denoiser.kernel.sigmas, t, n), n)
-        return normal(loc, variance.sqrt(), n)
-
-
-def nuisance(name: str, fn: dist.TorchDistribution) -> Tensor:
-    r"""Samples a site whose value matters, but whose density is not part of the bound."""
-    with poutine.mask(mask=False):
-        return pyro.sample(name, fn, infer=SiteInfer(role="nuisance"))
 
 
 class Timestep_ELBO(TraceKL_ELBO):
@@ -170,6 +42,15 @@ class Timestep_ELBO(TraceKL_ELBO):
     .. math::
         E_q \Big[ -\log p(x | z_0) + \mathrm{KL}(q(z_T | x) \,\|\, p(z_T)) + \sum_{t=1}^T
         \mathrm{KL}(q(z_{t-1} | z_t, x) \,\|\, p(z_{t-1} | z_t)) \Big] .
+
+    In continuous time, with a prior that has ``num_timesteps=None``, the sum over :math:`t \geq 2`
+    has become an integral over the log-SNR, from that of :math:`z_T` to that of :math:`z_1`,
+
+    .. math:: \frac{1}{2} \int E_q \| \epsilon_q - \hat\epsilon(z_\lambda) \|^2 \, d\lambda,
+
+    where :math:`\epsilon_q` is the noise given :math:`z_0` or its mean given :math:`x`, see
+    :func:`~pyro_vaediff.diffusion.q_noise`. Its cells are chosen as timesteps are, and a time is
+    drawn in each: ``"all"`` is an estimate as well, from one time per cell and datum.
 
     The sum over :math:`t \geq 2` is estimated from :math:`k` timesteps per datum. The step
     :math:`t = 1` is evaluated for every datum, and so are the constants of the KLs given

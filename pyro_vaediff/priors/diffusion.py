@@ -38,9 +38,14 @@ class DiffusionPrior(Prior):
     The reverse kernel is the :class:`~pyro_vaediff.denoise.Denoiser`'s, which owns the schedule.
     With a network that starts at zero, the prior starts exactly at :math:`\mathcal{N}(0, I)`.
 
+    In continuous time, the bound is the limit of infinitely many steps, see
+    :class:`~pyro_vaediff.infer.Timestep_ELBO`. The model draws samples by the chain of the
+    schedule's grid, of a thousand steps by default; :meth:`with_steps` returns the prior of a chain
+    of any number of steps, which has a bound of its own.
+
     Arguments:
         event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
-        num_timesteps: The number of steps :math:`T`.
+        num_timesteps: The number of steps :math:`T`, or ``None`` for continuous time.
         schedule: ``"linear"``, ``"cosine"``, a :class:`~pyro_vaediff.schedules.Schedule` or its
             variances :math:`\beta_t`.
         backbone: The network, see :mod:`~pyro_vaediff.nn.backbones` for how it is called. By
@@ -75,7 +80,7 @@ class DiffusionPrior(Prior):
     def __init__(
         self,
         event_shape: int | Sequence[int],
-        num_timesteps: int = 1000,
+        num_timesteps: int | None = 1000,
         schedule: str | Schedule | Tensor | Sequence[float] = "linear",
         backbone: nn.Module | None = None,
         parameterization: str = "eps",
@@ -123,6 +128,11 @@ class DiffusionPrior(Prior):
         return self.denoiser.schedule
 
     @property
+    def continuous(self) -> bool:
+        r"""Whether the bound is that of continuous time, and :attr:`num_timesteps` the model's."""
+        return self.schedule.continuous
+
+    @property
     def num_timesteps(self) -> int:
         r"""The number of steps :math:`T`."""
         return self.schedule.num_timesteps
@@ -139,6 +149,11 @@ class DiffusionPrior(Prior):
     @effectful(type="diffusion_guide")
     def guide(self, q_z0: dist.TorchDistribution, c: Tensor | None = None) -> Tensor:
         self.check_posterior(q_z0)
+        if self.continuous:
+            raise ValueError(
+                "a prior in continuous time has no sites for all of time: use Timestep_ELBO, or "
+                "prior.with_steps(n) for the programs of a chain"
+            )
         return getattr(self, f"guide_{self.order}")(q_z0)
 
     def guide_forward(self, q_z0: dist.TorchDistribution) -> Tensor:

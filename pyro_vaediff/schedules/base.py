@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import check_whole
-from .tables import Tables, Times, at_time, is_index
+from .path import Path
+from .tables import Times, at_time, is_index
 
 __all__ = ["Schedule"]
 
 
-class Schedule(Tables):
+class Schedule(Path):
     r"""The schedule of a chain with given variances.
 
     Between the times :math:`\tau_t = t / T`, :math:`\log \bar\alpha` is interpolated linearly, so
@@ -49,48 +50,11 @@ class Schedule(Tables):
     log_alphas_cumprod: Tensor  #: :math:`\log \bar\alpha_t`, also where it underflows.
     one_minus_alphas_cumprod: Tensor  #: :math:`1 - \bar\alpha_t`, free of cancellation.
     betas_tilde: Tensor  #: :math:`\tilde\beta_t`, the variance of :math:`q(z_{t-1}|z_t, z_0)`.
+    continuous = False  #: Whether it is in continuous time, see :meth:`in_continuous_time`.
 
     def __init__(self, betas: Any):
-        super().__init__()
-        # log alpha_t, the slopes of the path: its differences would be lost in its values
-        self._log_alphas = torch.log1p(-check_betas(betas))
-        self._path = F.pad(self._log_alphas.cumsum(0), (1, 0))
+        super().__init__(betas)
         self.discretize(torch.linspace(0, 1, len(self._path), dtype=torch.float64))
-
-    def forward(self, t: Tensor) -> Tensor:
-        r"""Returns the log-SNR :math:`\lambda(t)`.
-
-        Arguments:
-            t: Times in :math:`[0, 1]`, best in float64, with shape :math:`(*)`.
-
-        Returns:
-            The log-SNR, with shape :math:`(*)`.
-        """
-        step, part = self.locate(t)
-        path = self._path.to(t)
-        log_alpha_bar = torch.lerp(path[step], path[step + 1], part)
-        return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
-
-    def locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns the piece of the path that times are in, and the part of it that is passed."""
-        last = len(self._log_alphas) - 1
-        position = t * (last + 1)
-        nearest = position.round()  # a time of the grid is on it, whatever its rounding
-        position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
-        step = position.detach().long().clamp(0, last)
-        return step, position - step
-
-    def log_alpha(self, t: Tensor, s: Tensor) -> Tensor:
-        r"""Returns :math:`\log \bar\alpha_t - \log \bar\alpha_s` without cancellation.
-
-        Arguments:
-            t: The later times in :math:`[0, 1]`, in float64.
-            s: The earlier times; the latents of time zero are clean.
-        """
-        (i, u), (j, v) = self.locate(t), self.locate(s)
-        slopes, path = self._log_alphas.to(t), self._path.to(t)
-        across = slopes[i] * u + (path[i] - path[j + 1]) + slopes[j] * (1 - v)
-        return torch.where(i == j, slopes[i] * (u - v), across)
 
     def variances(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns the variances of :math:`q(z_t | z_s)` and of :math:`q(z_s | z_t, z_0)`.
@@ -186,12 +150,40 @@ class Schedule(Tables):
             middle = (low + high) / 2
             low, high = (middle, high) if self.log_snr_at(middle) > log_snr else (low, middle)
         grid = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
-        return self.on_grid(torch.lerp(high, torch.ones_like(high), grid))
+        return self.on_grid(torch.lerp(high, torch.ones_like(high), grid), self.continuous)
 
-    def on_grid(self, times: Tensor) -> Schedule:
+    def in_continuous_time(self, first: float | None = None) -> Schedule:
+        r"""Returns the schedule of a bound in continuous time.
+
+        Only the step to the first time :math:`\tau_1` is one: it ends at the density of clean
+        latents. The others are cells of an integral, which takes the place of their sum. The grid
+        remains that of a chain, which programs in continuous time run to draw samples.
+
+        Arguments:
+            first: The first time :math:`\tau_1`, after which all cells are of equal length. By
+                default, the grid stays as it is.
+
+        Raises:
+            ValueError: If it is not between the first and the last time, or there is one step only.
+
+        Example:
+            >>> from pyro_vaediff.schedules import LinearSchedule
+            >>> LinearSchedule(1000).in_continuous_time(first=1e-4).times[[0, 1, 1000]]
+            tensor([0.0000e+00, 1.0000e-04, 1.0000e+00])
+        """
+        times, T = self.original("times"), self.num_timesteps
+        check_whole("num_timesteps", T, least=2, why=" for a grid in continuous time")
+        if first is not None:
+            if not self.start < first < 1:
+                raise ValueError(f"first must be between {self.start:g} and 1, got {first}")
+            times = torch.cat([times[:1], torch.linspace(first, 1, T, dtype=torch.float64)])
+        return self.on_grid(times, continuous=True)
+
+    def on_grid(self, times: Tensor, continuous: bool = False) -> Schedule:
         r"""Returns the same path on another grid of times."""
         new = copy.deepcopy(self)
         new.discretize(times)
+        new.continuous = continuous
         return new.to(self.betas)
 
     @property
@@ -272,26 +264,21 @@ class Schedule(Tables):
         low, high = table.take(upper - 1), table.take(upper)
         return (upper + ((value - low) / (high - low)).clamp(0, 1)).to(log_snr.dtype)
 
+    def between(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns the times of positions on the grid, and the lengths of the cells they are in.
+
+        Arguments:
+            position: Real numbers in :math:`[0, T)`, best in float64: those in :math:`[t - 1, t)`
+                are in the cell that ends at :math:`\tau_t`.
+        """
+        s = position.long()
+        grid = self.original("times").to(position.device, non_blocking=True)
+        return torch.lerp(grid[s], grid[s + 1], position - s), grid[s + 1] - grid[s]
+
     @property
     def num_timesteps(self) -> int:
         r"""The number of steps :math:`T`."""
         return len(self.betas) - 1
 
     def extra_repr(self) -> str:
-        return f"num_timesteps={self.num_timesteps}"
-
-
-def check_betas(betas: Any) -> Tensor:
-    r"""Returns variances in float64 and on the CPU, if they are the variances of a chain."""
-    try:
-        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"betas must be numbers, got {betas!r:.80}") from error
-    if betas.ndim != 1 or len(betas) == 0:
-        raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
-    if not ((betas > 0) & (betas < 1)).all():
-        raise ValueError("betas must lie in (0, 1): a step neither keeps nor erases all")
-    # With less, 1 - beta is rounded to 1, and gradients of densities overflow in float32.
-    if betas.min() < 1e-15:
-        raise ValueError(f"betas must be at least 1e-15, got {betas.min():g}: use fewer steps")
-    return betas
+        return f"num_timesteps={self.num_timesteps}" + ", continuous" * self.continuous

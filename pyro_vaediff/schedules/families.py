@@ -92,6 +92,12 @@ class LogSNRSchedule(Schedule):
     def forward(self, t: Tensor) -> Tensor:
         return self.function(t)
 
+    def slope(self, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.function(t).sum(), t)
+        return slope
+
     def log_alpha(self, t: Tensor, s: Tensor) -> Tensor:
         # The function knows no slopes.
         log_t, log_s = (F.logsigmoid(self.log_snr_at(u)) for u in (t, s))
@@ -102,22 +108,24 @@ SCHEDULES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "cosine": Cosi
 
 
 def make_schedule(
-    schedule: str | Schedule | Tensor | Sequence[float], num_timesteps: int
+    schedule: str | Schedule | Tensor | Sequence[float], num_timesteps: int | None
 ) -> Schedule:
     r"""Returns the schedule of that name, or the given one if it has the right length.
 
     Arguments:
         schedule: ``"linear"``, ``"cosine"``, a :class:`Schedule`, or its variances :math:`\beta_t`.
-        num_timesteps: The number of steps :math:`T`.
+        num_timesteps: The number of steps :math:`T`, or ``None`` for continuous time.
     """
-    check_whole("num_timesteps", num_timesteps)
+    if num_timesteps is not None:
+        check_whole("num_timesteps", num_timesteps)
     if not isinstance(schedule, str | Schedule):
         schedule = Schedule(schedule)
-    if isinstance(schedule, Schedule):
-        if schedule.num_timesteps != num_timesteps:
-            raise ValueError(
-                f"num_timesteps is {num_timesteps}, but the schedule has {schedule.num_timesteps}"
-            )
-        return schedule
-    check_choice("schedule", schedule, SCHEDULES)
-    return SCHEDULES[schedule](num_timesteps)
+    if isinstance(schedule, str):
+        check_choice("schedule", schedule, SCHEDULES)
+        schedule = SCHEDULES[schedule](1000 if num_timesteps is None else num_timesteps)
+    if num_timesteps is None:
+        return schedule if schedule.continuous else schedule.in_continuous_time()
+    if schedule.continuous or schedule.num_timesteps != num_timesteps:
+        has = "is in continuous time" if schedule.continuous else f"has {schedule.num_timesteps}"
+        raise ValueError(f"num_timesteps is {num_timesteps}, but the schedule {has}")
+    return schedule

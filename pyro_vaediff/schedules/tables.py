@@ -3,12 +3,12 @@ r"""Tables of a grid of times, computed once in float64, and how they are read."
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Tables", "Times", "at_time", "is_index"]
+__all__ = ["Tables", "Times", "at_time", "check_betas", "is_index"]
 
 #: Index(es) of a grid, or time(s) in [0, 1].
 Times = int | float | Tensor
@@ -74,3 +74,19 @@ class Tables(nn.Module):
     def original(self, name: str) -> Tensor:
         r"""Returns a table in float64, on the CPU."""
         return self._originals[name]
+
+
+def check_betas(betas: Any) -> Tensor:
+    r"""Returns variances in float64 and on the CPU, if they are the variances of a chain."""
+    try:
+        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"betas must be numbers, got {betas!r:.80}") from error
+    if betas.ndim != 1 or len(betas) == 0:
+        raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
+    if not ((betas > 0) & (betas < 1)).all():
+        raise ValueError("betas must lie in (0, 1): a step neither keeps nor erases all")
+    # With less, 1 - beta is rounded to 1, and gradients of densities overflow in float32.
+    if betas.min() < 1e-15:
+        raise ValueError(f"betas must be at least 1e-15, got {betas.min():g}: use fewer steps")
+    return betas

@@ -21,7 +21,13 @@ from ..priors import DiffusionPrior
 from ..schedules import Schedule
 from ..vae import VAE
 
-__all__ = ["LinearDenoiser", "LinearGaussian", "linear_gaussian_vae", "one_copy_per_datum"]
+__all__ = [
+    "LinearDenoiser",
+    "LinearGaussian",
+    "SmoothDenoiser",
+    "linear_gaussian_vae",
+    "one_copy_per_datum",
+]
 
 
 def random(*shape: int, scale: float = 1.0, shift: float = 0.0) -> nn.Parameter:
@@ -114,8 +120,41 @@ class LinearDenoiser(Vectors):
         return self.split(net)
 
 
+class SmoothDenoiser(Vectors):
+    r"""A network :math:`M(\lambda) z + n(\lambda)` for continuous time.
+
+    .. math:: M(\lambda) = M_0 + \tanh(\lambda / 5) M_1, \qquad n(\lambda) = n_0 +
+        \tanh(\lambda / 5) n_1
+
+    Its parameters are random, in float64: ``weight`` for :math:`M_0, M_1`, with shape :math:`(1, 2,
+    D, D)`, and ``bias`` for :math:`n_0, n_1`, with shape :math:`(1, 2, D)`.
+
+    Arguments:
+        event_shape: The shape of a latent, with :math:`D` numbers in all.
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]):
+        super().__init__(event_shape)
+        D = self.features
+        self.weight = random(2, D, D, scale=0.3)
+        self.bias = random(2, D, scale=0.3)
+
+    def forward(self, z: Tensor, log_snr: Tensor) -> Tensor | tuple[Tensor, ...]:
+        r"""Returns the output.
+
+        Arguments:
+            z: The latents :math:`z_t`, with batch shape :math:`(*, B)`. If there are copies,
+                :math:`B` is their number.
+            log_snr: The log-SNR, with shape :math:`(*, B)`.
+        """
+        share = torch.tanh(log_snr / 5).unsqueeze(-1)
+        parts = (affine(self.weight[:, i], self.bias[:, i], self.flatten(z)) for i in range(2))
+        constant, linear = parts
+        return self.split(constant + share * linear)
+
+
 def linear_gaussian_vae(
-    num_timesteps: int = 3,
+    num_timesteps: int | None = 3,
     event_shape: int | Sequence[int] = 2,
     num_features: int = 3,
     reverse_variance: str = "beta",
@@ -130,9 +169,10 @@ def linear_gaussian_vae(
         \mathrm{net}(z_t, t) & = M_t z_t + n_t & \text{denoiser}
 
     The variances of its schedule grow linearly from 0.3 to 0.6, so that each of few steps matters.
+    In continuous time, it is the linear schedule of Ho et al.
 
     Arguments:
-        num_timesteps: The number of steps :math:`T`.
+        num_timesteps: The number of steps :math:`T`, or ``None`` for continuous time.
         event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
         num_features: The number of dimensions :math:`X` of a datum. Data have shape :math:`(B, X)`.
         reverse_variance: The reverse variance of the prior, by its name.
@@ -143,7 +183,7 @@ def linear_gaussian_vae(
 
     Returns:
         The VAE, on the CPU. Its networks are of the classes :class:`LinearGaussian` and
-        :class:`LinearDenoiser`.
+        :class:`LinearDenoiser`, or in continuous time :class:`SmoothDenoiser`.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -154,22 +194,24 @@ def linear_gaussian_vae(
         5
     """
     shape = as_shape("event_shape", event_shape)
-    check_whole("num_timesteps", num_timesteps)
+    if num_timesteps is not None:
+        check_whole("num_timesteps", num_timesteps)
     if seed is not None:
         check_seed(seed)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             # `torch.manual_seed` would seed the generators of all CUDA devices as well.
             torch.default_generator.manual_seed(int(seed))
-        schedule = Schedule(torch.linspace(0.3, 0.6, num_timesteps, dtype=torch.float64))
-        net = LinearDenoiser(shape, num_timesteps, reverse_variance == "learned")
+        schedule: str | Schedule = "linear"
+        net: nn.Module
+        if num_timesteps is None:
+            net = SmoothDenoiser(shape)
+        else:
+            schedule = Schedule(torch.linspace(0.3, 0.6, num_timesteps, dtype=torch.float64))
+            linear = LinearDenoiser(shape, num_timesteps, reverse_variance == "learned")
+            net = TimeAdapter(linear, schedule, "index")
         prior = DiffusionPrior(
-            shape,
-            num_timesteps,
-            schedule,
-            TimeAdapter(net, schedule, "index"),
-            reverse_variance=reverse_variance,
-            **kwargs,
+            shape, num_timesteps, schedule, net, reverse_variance=reverse_variance, **kwargs
         )
         encoder = LinearGaussian(num_features, shape, log_scale=-0.5)
         decoder = LinearGaussian(shape, num_features, log_scale=0.0)

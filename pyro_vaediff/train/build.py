@@ -67,12 +67,13 @@ def make_prior(config: ModelConfig) -> Prior:
 
 def make_diffusion_prior(config: ModelConfig, context: int | tuple[int, ...]) -> DiffusionPrior:
     r"""Returns the diffusion prior of a configuration, with a context of that shape."""
-    shape, T = config.event_shape, config.num_timesteps
+    shape = config.event_shape
+    T = config.num_timesteps if isinstance(config.num_timesteps, int) else None  # continuous
     schedule: Schedule
     if config.schedule == "linear":
-        schedule = LinearSchedule(T, config.beta_min, config.beta_max)
+        schedule = LinearSchedule(T or 1000, config.beta_min, config.beta_max)
     else:
-        schedule = make_schedule(config.schedule, T)
+        schedule = make_schedule(config.schedule, T or 1000)
     if config.noise_log_snr is not None:
         schedule = schedule.starting_at(config.noise_log_snr)
     special, name = config.denoiser == "preconditioned", config.denoiser

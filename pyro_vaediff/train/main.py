@@ -113,6 +113,12 @@ class Config:
                 f"guidance={self.report.guidance} needs a prior that has learned to do without "
                 "labels: give context_dropout, such as 0.1"
             )
+        continuous = self.model.prior == "diffusion" and self.model.num_timesteps == "continuous"
+        if continuous and (self.elbo.estimator, self.elbo.weighting) != ("timestep", "elbo"):
+            raise ValueError(
+                "num_timesteps='continuous' needs estimator='timestep' and weighting='elbo', got "
+                f"{self.elbo.estimator!r} and {self.elbo.weighting!r}"
+            )
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Config:

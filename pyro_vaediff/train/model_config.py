@@ -83,7 +83,9 @@ class ModelConfig(Checked):
         choice(DENOISERS),
         of=DIFFUSION,
     )
-    num_timesteps: int = option(1000, "T", whole(), of=DIFFUSION)
+    num_timesteps: int | str = option(
+        1000, "T, or 'continuous'", whole(word="continuous"), metavar="T", of=DIFFUSION
+    )
     schedule: str = option("linear", "variances", choice(SCHEDULES), of=DIFFUSION)
     beta_min: float = option(1e-4, "first of the linear schedule", of=DIFFUSION)
     beta_max: float = option(0.02, "last of the linear schedule", of=DIFFUSION)

@@ -56,9 +56,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def whole(least: int = 1) -> Check:
-    r"""Returns a check of whole numbers."""
-    return lambda name, value: check_whole(name, value, least=least)
+def whole(least: int = 1, word: str | None = None) -> Check:
+    r"""Returns a check of whole numbers, in whose place a word may stand."""
+    why = f" or {word!r}" if word else ""
+
+    def check(name: str, value: Any) -> None:
+        if word is None or value != word:
+            check_whole(name, value, least, why)
+
+    return check
 
 
 def number(what: str, valid: Callable[[Any], bool]) -> Check:
@@ -145,8 +151,18 @@ def add_options(parser: Any, config: type) -> None:
         parser.add_argument("--" + field.name.replace("_", "-"), **words)
 
 
-def parse_type(hint: Any) -> tuple[type, bool]:
+def number_or_word(text: str) -> int | str:
+    r"""Returns what a text means: a whole number, or a word."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def parse_type(hint: Any) -> tuple[Callable[[str], Any], bool]:
     r"""Returns the type of an annotation, and whether there are many of it."""
+    if hint == int | str:  # a number or a word
+        return number_or_word, False
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:

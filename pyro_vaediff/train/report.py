@@ -182,12 +182,13 @@ def readable_terms(vae: VAE, terms: dict[str, float]) -> dict[str, float]:
     of the derivation; those of several priors keep their names.
     """
     T, terms = num_timesteps(vae), dict(terms)
+    times = "times from 1 to T" if getattr(vae.prior, "continuous", False) else "steps t = 2..T"
     names = {"x": "-log p(x | z_0), reconstruction"}
     if T is not None:
         names |= {
             "-H[z_0]": "log q(z_0 | x), negative entropy",
             f"z_{T}": "KL(q(z_T | z_0) || p(z_T))",
-            "z_s": "KL of the steps t = 2..T",
+            "z_s": f"KL of the {times}",
             "z_0": "-log p(z_0 | z_1), the step t = 1",
         }
         if "z_s" in terms or "constant" in terms or "z_0" in terms:
