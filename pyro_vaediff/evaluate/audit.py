@@ -139,8 +139,7 @@ def audit(how: Any, model: VAE | Prior | None = None, **options: Any) -> Audit:
     prior = model.prior if isinstance(model, VAE) else model
     if isinstance(how, str):
         check_choice("how", how, (*BOUNDS, *NO_BOUNDS))
-        continuous = how == "continuous-time bound"
-        return entry(how, "the diffusion in continuous time" if continuous else described(prior))
+        return entry(how, CONTINUOUS if how == "continuous-time bound" else described(prior))
     if isinstance(how, ProbabilityFlow):
         return entry("exact density", *of_flow(how))
     if isinstance(how, ELBO):
@@ -160,15 +159,20 @@ def entry(kind: str, of: str, *details: str) -> Audit:
     return Audit(kind, is_bound, of, ", ".join([what, *details]))
 
 
+#: The model that a prior in continuous time is.
+CONTINUOUS = "the diffusion in continuous time"
+
+
 def of_elbo(prior: Prior | None, elbo: ELBO | None = None) -> Audit:
     r"""Returns what the loss of an estimator is, by default that of :func:`evaluate`."""
     elbo, of = Timestep_ELBO("all") if elbo is None else elbo, described(prior)
     has_chain = prior is None or any(isinstance(m, DiffusionPrior) for m in prior.modules())
     if isinstance(elbo, Reweighted):
         return entry("reweighted terms", of, f"reweighted by {elbo.name}")
+    kind = "continuous-time bound" if of == CONTINUOUS else "ELBO"
     if isinstance(elbo, Timestep_ELBO) and has_chain:
         some = f"estimated from {count(elbo.collapse.k, 'timestep')} per datum"
-        return entry("ELBO", of, "from all timesteps" if elbo.proposal is None else some)
+        return entry(kind, of, "from all timesteps" if elbo.proposal is None else some)
     if isinstance(elbo, TraceKL_ELBO):
         return entry("ELBO", of, "with KLs in closed form where they are legal")
     if type(elbo) in SAMPLED:
@@ -218,6 +222,8 @@ def described(prior: nn.Module | None) -> str:
     r"""Returns what the programs of a prior are as a model."""
     if prior is None:
         return "the model"
+    if isinstance(prior, DiffusionPrior) and prior.continuous:
+        return CONTINUOUS
     if isinstance(prior, DiffusionPrior):
         return f"the chain of T = {count(prior.num_timesteps, 'step')}"
     if isinstance(prior, HierarchicalPrior):
