@@ -209,7 +209,10 @@ class Wrong(nn.Module):
 def test_the_variance_is_the_mean_square_of_what_the_mean_misses(device, kind):
     r"""Whatever the mean: by steps of the forward chain, whose posteriors it does not need."""
     N, scale = 40_000, torch.tensor([0.5, 1.5], dtype=torch.float64, device=device)
-    prior = DiffusionPrior(2, 20, backbone=Wrong(), parameterization="v").double().to(device)
+    prior = DiffusionPrior(
+        2, 20, backbone=Wrong(), parameterization="v", reverse_variance="beta_tilde"
+    )
+    prior = prior.double().to(device)
     draw = lambda: scale * torch.randn(N, 2).to(scale).sign() + 0.1  # noqa: E731
     few = fit_variances(prior, draw(), per_dimension=kind == "diagonal").with_steps(4)
     z_0 = draw()
@@ -217,6 +220,7 @@ def test_the_variance_is_the_mean_square_of_what_the_mean_misses(device, kind):
         z_s = z_0 if t == 1 else q_marginal(few.schedule, z_0, t - 1).sample()
         z_t = q_step(few.schedule, z_s, t).sample()
         p = few.reverse(z_t, t)
+        exact(p.mean, prior.with_steps(4).reverse(z_t, t).mean)
         square = (z_s - p.mean).square()
         if kind == "analytic":
             square = square.mean(-1, keepdim=True)
