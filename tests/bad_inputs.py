@@ -642,6 +642,8 @@ SCRIPTS = {
         ("--prior-width 0", "prior_width must be a whole number >= 1, got 0"),
         ("--networks paper", r"image_shape must have 32 or 64 pixels a side, got \(1, 8, 8\)"),
         ("--likelihood poisson", "unknown likelihood 'poisson': choose one of .*"),
+        ("--likelihood autoregressive --window 4", "window must be odd and positive, got 4"),
+        ("--window 5", "likelihood='gaussian' has no use for window, .*"),
         ("--epochs -1", "epochs must be a whole number >= 0, got -1"),
         ("--epochs 0", "epochs must be positive, got 0"),
         ("--batch-size 0", "batch_size must be a whole number >= 1, got 0"),

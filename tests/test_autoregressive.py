@@ -240,14 +240,15 @@ def test_every_weight_that_is_not_masked_learns_in_svi(device, precision):
 
 def test_autocast_changes_the_network_only(device):
     torch.manual_seed(0)
-    likelihood = make_likelihood("autoregressive", (1, 8, 8)).to(device)
+    likelihood = make_likelihood("autoregressive-mixture", (1, 8, 8)).to(device)
     p_x = likelihood(torch.randn(5, likelihood.num_maps, 8, 8, device=device))
-    x = p_x.sample()
     with torch.autocast(device.type, torch.bfloat16):
-        log_prob, sample = p_x.log_prob(x), p_x.sample()
-    assert log_prob.dtype == sample.dtype == torch.float32
-    torch.testing.assert_close(log_prob, p_x.log_prob(x), atol=0.5, rtol=0)
-    assert not torch.equal(log_prob, p_x.log_prob(x))
+        x = p_x.sample()
+        log_prob = p_x.log_prob(x)
+    assert log_prob.dtype == x.dtype == torch.float32
+    assert p_x.support.check(x).all()  # bfloat16 is coarser than the grid of 256 levels
+    exact = p_x.log_prob(x)
+    assert 0 < (log_prob - exact).abs().max() < 0.01 * exact.abs().max()
 
 
 # --- Broken input ---

@@ -124,8 +124,8 @@ def frechet_distances(
 ) -> dict[str, Any]:
     r"""Returns the Fréchet distances of samples and of reconstructions to the test images.
 
-    Samples and reconstructions are the means of :math:`p(x | z_0)`, as in the paper. The distance
-    of the reconstructions is the floor that the decoder sets.
+    Samples and reconstructions are the means of :math:`p(x | z_0)`, as in the paper, or draws of it
+    if it has none. The distance of the reconstructions is the floor that the decoder sets.
 
     Arguments:
         vae: The VAE, with a pixel space.

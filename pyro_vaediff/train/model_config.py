@@ -46,7 +46,7 @@ class ModelConfig(Checked):
     likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
     window: int = option(
         7,
-        "side of the window that a pixel is given, odd; 1 for nothing but its own channels",
+        "side of the window of pixels that each pixel is given, odd; 1 for none",
         number("odd and positive", lambda n: n > 0 and n % 2 == 1),
         of={"likelihood": tuple(AUTOREGRESSIVE)},
     )
