@@ -279,7 +279,7 @@ class Schedule(Path):
             position: Real numbers in :math:`[0, T)`, best in float64: those in :math:`[t - 1, t)`
                 are in the cell that ends at :math:`\tau_t`.
         """
-        s = position.long()
+        s = position.long().clamp(max=self.num_timesteps - 1)  # whatever its rounding
         grid = self.original("times").to(position.device, non_blocking=True)
         return torch.lerp(grid[s], grid[s + 1], position - s), grid[s + 1] - grid[s]
 
