@@ -223,5 +223,5 @@ def q_noise(schedule: Schedule, start: Start, z: Tensor, t: Times, event_dim: in
     """
     m, s2 = gaussian_moments(start)
     alpha_bar, one_minus = schedule.signal(t, event_dim)
-    noise = torch.sigmoid(-schedule.log_snr_at(t))[(...,) + (None,) * event_dim].to(one_minus)
+    noise = schedule.ready(torch.sigmoid(-schedule.log_snr_at(t)), event_dim).to(one_minus)
     return noise.sqrt() * (z - alpha_bar.sqrt() * m) / (alpha_bar * s2 + one_minus)

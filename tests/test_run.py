@@ -194,9 +194,10 @@ def words(option, values):
     return [f"--{option}", *values]
 
 
-def test_continuous_time(run, tmp_path):
+@pytest.mark.parametrize("schedule", ["cosine", "learned-diagonal"])
+def test_continuous_time(run, tmp_path, schedule):
     out = tmp_path / "run"
-    options = {"num_timesteps": "continuous", "schedule": "cosine", "limit": 10}
+    options = {"num_timesteps": "continuous", "schedule": schedule, "limit": 10}
     run(out, "--features", "none", **options)
     assert {path.name for path in out.iterdir()} == FILES | OF_DIFFUSION
     assert "KL of the times from 1 to T" in results(out)["terms"]
@@ -544,6 +545,7 @@ ERRORS = [
         " and 'simple'",
     ),
     ({"num_timesteps": "continuous", "reverse_variance": "learned"}, "have no limit, got"),
+    ({"schedule": "learned"}, "is in continuous time, from clean latents: give num_timesteps"),
     ({"estimator": "trace", "entropy": "exact"}, "estimator='trace' has no use for entropy"),
     ({"condition": "labels", "prior": "vamp"}, "prior='vamp' takes no labels"),
 ]

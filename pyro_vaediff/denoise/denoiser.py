@@ -11,28 +11,15 @@ from torch import Tensor, nn
 from ..arguments import as_shape, check_choice, check_ends
 from ..diffusion import normal
 from ..nn.modes import eval_mode, shallow_copy
-from ..schedules import Schedule, Tables, Times, at_time, is_index
+from ..schedules import Schedule, Times, at_time, is_index
 from .context import Context
+from .kernel import Kernel
 from .preconditioning import Preconditioning
 from .variances import Learned, ReverseVariance, make_reverse_variance
 
 __all__ = ["PARAMETERIZATIONS", "Denoiser"]
 
 PARAMETERIZATIONS = ("eps", "z0", "mu", "v")
-
-
-class Kernel(Tables):
-    r"""The coefficients of the reverse kernels of a grid, zero at :math:`t = 0`."""
-
-    a: Tensor  #: The weight of :math:`z_t` in the mean of the forward posterior.
-    b: Tensor  #: The weight of :math:`z_0` in it.
-    betas_tilde: Tensor  #: Its variance :math:`\tilde\beta_{t|s}`.
-    sigmas: Tensor  #: The standard deviations :math:`\sigma`, before any of it is learned.
-    log_ranges: Tensor  #: See :meth:`Learned.log_range`.
-    skips: Tensor  #: The weight of :math:`z_t` in the reverse mean.
-    gains: Tensor  #: That of the network's output.
-    z0_skips: Tensor  #: The weight of :math:`z_t` in the estimate of :math:`z_0`.
-    z0_gains: Tensor  #: That of the network's output.
 
 
 class Denoiser(nn.Module):
@@ -89,7 +76,7 @@ class Denoiser(nn.Module):
         self.variance = make_reverse_variance(reverse_variance, self.event_shape)
         self.preconditioning = Preconditioning(event_shape) if preconditioning else None
         self.continuous = schedule.continuous  #: Whether the network is trained in continuous time.
-        if self.continuous and (parameterization == "mu" or self.variance.num_outputs > 1):
+        if self.continuous and (parameterization == "mu" or not self.variance.fixed):
             raise ValueError(
                 "in continuous time, a mean 'mu' and a learned variance have no limit, got "
                 f"parameterization={parameterization!r} and a {type(self.variance).__name__} "
@@ -140,7 +127,7 @@ class Denoiser(nn.Module):
             t: The time(s), positive.
             c: The context, with shape :math:`(B, F)`.
         """
-        log_snr = self.schedule.log_snr_at(t)[(...,) + (None,) * self.event_dim]
+        log_snr = self.schedule.ready(self.schedule.log_snr_at(t), self.event_dim)
         gain = {
             "eps": torch.ones_like(log_snr),
             "z0": -torch.exp(log_snr / 2),
@@ -153,16 +140,17 @@ class Denoiser(nn.Module):
         r"""Returns the outputs of the network, in full precision also under autocast."""
         check_ends("z", z, self.event_shape)
         c = self.context(c)
-        log_snr = self.log_snr(t).to(z)
+        log_snr, shape = self.log_snr(t).to(z), self.schedule.shape
         with torch.autocast(z.device.type, enabled=False):
+            told = log_snr.mean([*range(-len(shape), 0)]) if shape else log_snr
             if self.preconditioning is None:
-                return self.evaluate(z, log_snr, c)
-            expanded = log_snr[(...,) + (None,) * self.event_dim]
-            return self.preconditioning(lambda z: self.evaluate(z, log_snr, c), z, expanded)
+                return self.evaluate(z, told, c)
+            expanded = self.schedule.ready(log_snr, self.event_dim)
+            return self.preconditioning(lambda z: self.evaluate(z, told, c), z, expanded)
 
     def log_snr(self, t: Times) -> Tensor:
-        r"""Returns the log-SNR at indices or times, as the tables have it."""
-        if is_index(t):
+        r"""Returns the log-SNR at indices or times, in the dtype of the tables."""
+        if is_index(t) and not self.schedule.learned:
             return at_time(self.schedule.log_snr, t, 0)
         return self.schedule.log_snr_at(t).to(self.schedule.log_snr)
 
@@ -184,6 +172,8 @@ class Denoiser(nn.Module):
 
     def coefficients(self, t: Times, s: Times | None) -> Callable[[str], Tensor]:
         r"""Returns a function from the names of tables to their entries, ready for latents."""
+        if self.schedule.learned and is_index(t):
+            t = self.schedule.time(t)
         if is_index(t) and s is None:
             if isinstance(t, int) and t < 1:
                 raise ValueError(f"t must be from 1 to T = {self.schedule.num_timesteps}, got {t}")
@@ -196,15 +186,18 @@ class Denoiser(nn.Module):
             for u in ends
         )
         values = self.compute(later, earlier)
-        return lambda name: values[name][(...,) + (None,) * self.event_dim].to(like)
+        return lambda name: self.schedule.ready(values[name], self.event_dim).to(like)
 
+    @torch.no_grad()
     def tables(self, times: Tensor) -> dict[str, Tensor]:
         r"""Returns the tables of a grid, in float64 and zero at :math:`t = 0`."""
         steps = self.compute(times[1:], times[:-1])
-        return {name: torch.cat([x.new_zeros(1), x]) for name, x in steps.items()}
+        return {name: torch.cat([torch.zeros_like(x[:1]), x]) for name, x in steps.items()}
 
     def compute(self, t: Tensor, s: Tensor) -> dict[str, Tensor]:
         r"""Returns the coefficients of the reverse kernel between times, in float64."""
+        if self.continuous:  # where no coefficient is that of a step that it was trained for
+            return self.step(t, s)
         home = self.before(t)
         at_home = self.step(t, home)
         if bool((s == home).all()):
@@ -269,7 +262,7 @@ class Denoiser(nn.Module):
 
     def check_signal(self) -> None:
         r"""Raises a ``ValueError`` if nothing is left of :math:`z_0` in :math:`z_T`."""
-        log_signal = self.schedule.original("log_alphas_cumprod")[-1].item()
+        log_signal = self.schedule.original("log_alphas_cumprod")[-1].min().item()
         if log_signal < -60:
             raise ValueError(
                 f"the schedule erases z_0: log alphas_cumprod is {log_signal:.0f} at T, but must "

@@ -173,7 +173,8 @@ def limit(
     """
     time, length = prior.schedule.between(position)
     loc = noise(time)
-    precision = -(prior.schedule.slope(time) * length)[(...,) + (None,) * prior.event_dim]
+    slope = prior.schedule.ready(prior.schedule.slope(time), prior.event_dim)
+    precision = -slope * length[(...,) + (None,) * prior.event_dim]
     return normal(loc, precision.rsqrt().to(loc), prior.event_dim)
 
 

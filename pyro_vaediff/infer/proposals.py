@@ -271,10 +271,10 @@ def typical_kl(prior: DiffusionPrior, scale: float) -> Tensor:
     alpha_bar, sigma = original("alphas_cumprod"), kernel("sigmas")
     v = alpha_bar * scale**2 + original("one_minus_alphas_cumprod")
     v[0] = scale**2
-    ratio = torch.where(v > 0, v.roll(1) / v, 0.0)
+    ratio = torch.where(v > 0, v.roll(1, 0) / v, 0.0)
     # E|mu_q - skip z_t|^2 for z_t = m_t + sqrt(v_t) eps, where m ~ N(0, 1 - s^2)
     skip, gain = kernel("skips"), original("alphas").sqrt() * ratio
-    of_m = (alpha_bar.roll(1).sqrt() - skip * alpha_bar.sqrt()).square()
+    of_m = (alpha_bar.roll(1, 0).sqrt() - skip * alpha_bar.sqrt()).square()
     kl = (of_m * max(0.0, 1 - scale**2) + (gain - skip).square() * v) / (2 * sigma.square())
     if scale > 0:
         rho = ratio * original("betas") / sigma.square()
@@ -282,7 +282,7 @@ def typical_kl(prior: DiffusionPrior, scale: float) -> Tensor:
     elif not prior.denoiser.variance.fixed:
         kl = kl + variance_kl(prior)
     kl[0] = 0.0
-    return kl
+    return kl.reshape(len(kl), -1).mean(1)
 
 
 PROPOSALS: dict[str, type[Proposal]] = {

@@ -296,5 +296,5 @@ def make_backbone(
         )
     if width is not None:
         options["width"] = width
-    ends = schedule.original("log_snr")[[-1, 1]].tolist()
-    return BACKBONES[name](event_shape, (ends[0], ends[1]), **options)
+    low, high = (schedule.original("log_snr")[t].mean().item() for t in (-1, 1))
+    return BACKBONES[name](event_shape, (low, high), **options)

@@ -133,6 +133,14 @@ class DiffusionPrior(Prior):
         return self.schedule.continuous
 
     @property
+    def chain(self) -> DiffusionPrior:
+        r"""The prior of the chain that the model runs, along a learned path as it is now.
+
+        Whatever reads the tables of a schedule takes those of this prior.
+        """
+        return self.with_steps(self.schedule.original("times")) if self.schedule.learned else self
+
+    @property
     def num_timesteps(self) -> int:
         r"""The number of steps :math:`T`."""
         return self.schedule.num_timesteps
@@ -140,6 +148,8 @@ class DiffusionPrior(Prior):
     @effectful(type="diffusion_model")
     def model(self, c: Tensor | None = None) -> Tensor:
         register("prior", self)
+        if self.schedule.learned:
+            return self.chain.model(c)
         T = self.num_timesteps
         z = pyro.sample(f"z_{T}", self.standard_normal())
         for t in range(T, 0, -1):

@@ -53,10 +53,18 @@ def fit_variances(
         c: Their context, with shape :math:`(N, F)`.
         per_dimension: Whether each dimension gets variances of its own.
 
+    Raises:
+        ValueError: If the dimensions have paths of their own.
+
     Example:
         >>> prior = DiffusionPrior(2, num_timesteps=100)
         >>> few = fit_variances(prior, 0.1 * torch.randn(1000, 2)).with_steps(5)
     """
+    if prior.schedule.shape:
+        raise ValueError(
+            "prior must have one path for all dimensions, got a schedule of shape "
+            f"{tuple(prior.schedule.shape)}: use one of shape ()"
+        )
     variance = prior.denoiser.variance
     table = (Diagonal if per_dimension else Analytic)(
         prior.event_shape,

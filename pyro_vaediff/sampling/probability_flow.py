@@ -39,8 +39,8 @@ from .samplers import check_diffusion
 __all__ = ["ProbabilityFlow"]
 
 Velocity = Callable[[Tensor, int], Tensor]
-# The Jacobians of a chunk of latents are made in that many parts: the network then sees more latents
-# at once where there is nothing to differentiate.
+# The Jacobians of a chunk of latents are made in that many parts: the network then sees more
+# latents at once where there is nothing to differentiate.
 PARTS = 8
 
 
@@ -106,6 +106,11 @@ class ProbabilityFlow(dist.TorchDistribution):
         c: Tensor | None = None,
     ):
         prior = check_diffusion(prior)
+        if prior.schedule.shape:
+            raise ValueError(
+                "the probability flow has one log-SNR for all dimensions, but those of the "
+                f"schedule have shape {tuple(prior.schedule.shape)}: use the ELBO"
+            )
         T = prior.num_timesteps
         num_steps = min(T, 50) if num_steps is None else num_steps
         if num_steps not in range(1, T + 1):

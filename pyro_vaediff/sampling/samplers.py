@@ -70,7 +70,7 @@ def trajectory(
         The times of the frames, with shape :math:`(F,)`, and the latents, with shape
         :math:`(F, N, *\mathrm{event})`. There are fewer frames if the chain is shorter.
     """
-    check_diffusion(prior)
+    prior = check_diffusion(prior)
     check_whole("num_samples", num_samples)
     check_whole("num_frames", num_frames, least=2)
     with pyro.get_param_store().scope(), pyro.plate("samples", num_samples):
@@ -110,7 +110,7 @@ def ddim(
         | Denoising Diffusion Implicit Models (Song et al., 2021), equation (12)
         | https://arxiv.org/abs/2010.02502
     """
-    check_diffusion(prior)
+    prior = check_diffusion(prior)
     check_whole("num_samples", num_samples)
     T = prior.num_timesteps
     if num_steps not in range(1, T + 1):
@@ -191,8 +191,9 @@ def interpolate(
 
 
 def check_diffusion(prior: Prior) -> DiffusionPrior:
+    r"""Returns the chain of a prior, if it is a diffusion prior."""
     if not isinstance(prior, DiffusionPrior):
         raise ValueError(
             f"prior must be a DiffusionPrior, got {type(prior).__name__}: use sample and log_prob"
         )
-    return prior
+    return prior.chain

@@ -26,13 +26,18 @@ References:
 
 from .base import Schedule
 from .families import SCHEDULES, CosineSchedule, LinearSchedule, LogSNRSchedule, make_schedule
+from .learned import LearnedSchedule, MonotoneLogSNR
+from .path import Path
 from .tables import Tables, Times, at_time, is_index
 
 __all__ = [
     "SCHEDULES",
     "CosineSchedule",
+    "LearnedSchedule",
     "LinearSchedule",
     "LogSNRSchedule",
+    "MonotoneLogSNR",
+    "Path",
     "Schedule",
     "Tables",
     "Times",

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import check_whole
@@ -51,6 +50,8 @@ class Schedule(Path):
     one_minus_alphas_cumprod: Tensor  #: :math:`1 - \bar\alpha_t`, free of cancellation.
     betas_tilde: Tensor  #: :math:`\tilde\beta_t`, the variance of :math:`q(z_{t-1}|z_t, z_0)`.
     continuous = False  #: Whether it is in continuous time, see :meth:`in_continuous_time`.
+    learned = False  #: Whether the path has parameters, so that the tables are as it once was.
+    shape = torch.Size()  #: The shape of :math:`\lambda(t)`, if dimensions have paths of their own.
 
     def __init__(self, betas: Any):
         super().__init__(betas)
@@ -77,7 +78,7 @@ class Schedule(Path):
         """
         with torch.no_grad():
             log_snr, log_alpha_bar = self.log_snr_at(times), self.log_alpha(times, times[:1])
-            betas = F.pad(-torch.expm1(self.log_alpha(times[1:], times[:-1])), (1, 0))
+            betas = with_zero(-torch.expm1(self.log_alpha(times[1:], times[:-1])))
         one_minus = -torch.expm1(log_alpha_bar)
         tilde = betas[1:] * (one_minus[:-1] / one_minus[1:])
         self.tabulate(
@@ -89,7 +90,7 @@ class Schedule(Path):
                 "alphas_cumprod": log_alpha_bar.exp(),
                 "log_alphas_cumprod": log_alpha_bar,
                 "one_minus_alphas_cumprod": one_minus,
-                "betas_tilde": F.pad(tilde, (1, 0)),
+                "betas_tilde": with_zero(tilde),
             }
         )
 
@@ -203,10 +204,10 @@ class Schedule(Path):
         Returns:
             Two tensors of shape :math:`(*, 1, \dots, 1)`.
         """
-        if is_index(t):
+        if is_index(t) and not self.learned:
             alpha_bar, one_minus = self.alphas_cumprod, self.one_minus_alphas_cumprod
             return at_time(alpha_bar, t, event_dim), at_time(one_minus, t, event_dim)
-        log_alpha_bar = self.log_alpha(self.time(t), self.time(0))[(...,) + (None,) * event_dim]
+        log_alpha_bar = self.ready(self.log_alpha(self.time(t), self.time(0)), event_dim)
         return log_alpha_bar.exp().to(self.betas), -torch.expm1(log_alpha_bar).to(self.betas)
 
     def beta(self, t: Times, s: Times | None = None, event_dim: int = 1) -> Tensor:
@@ -228,14 +229,21 @@ class Schedule(Path):
         if s is None:
             if not is_index(t):
                 raise ValueError("s must be given if t is a time, which has no step before it")
-            return at_time(self.betas, t, event_dim)
+            if not self.learned:
+                return at_time(self.betas, t, event_dim)
+            s = t - 1
         log_alpha = self.log_alpha(*(self.time(u) for u in (t, s)))
-        return -torch.expm1(log_alpha)[(...,) + (None,) * event_dim].to(self.betas)
+        return -torch.expm1(self.ready(log_alpha, event_dim)).to(self.betas)
+
+    def ready(self, x: Tensor, event_dim: int = 1) -> Tensor:
+        r"""Returns values at times, with shape :math:`(*)`, ready to multiply latents."""
+        return x[(...,) + (None,) * (event_dim - len(self.shape))]
 
     def log_snr_at(self, t: Times) -> Tensor:
         r"""Returns the log-SNR at indices or times, in float64 and infinite at time zero."""
         t = self.time(t)
-        return torch.where(t > 0, self(t), torch.inf)  # the latents of time zero are clean
+        clean = (t <= 0)[(...,) + (None,) * len(self.shape)]  # the latents of time zero
+        return self(t).masked_fill(clean, torch.inf)
 
     def time(self, t: Times) -> Tensor:
         r"""Returns the times of indices or times, in float64."""
@@ -254,7 +262,7 @@ class Schedule(Path):
             Real numbers in :math:`[1, T]`, with shape :math:`(*)`: whole ones for the log-SNR of
             the grid, and interpolated linearly between them.
         """
-        table = -self.log_snr[1:]
+        table = -self.log_snr[1:].reshape(self.num_timesteps, -1).mean(1)
         if len(table) == 1:
             return torch.ones_like(log_snr)
         value = -log_snr.to(table.dtype)
@@ -271,7 +279,7 @@ class Schedule(Path):
             position: Real numbers in :math:`[0, T)`, best in float64: those in :math:`[t - 1, t)`
                 are in the cell that ends at :math:`\tau_t`.
         """
-        s = position.long()
+        s = position.long().clamp(max=self.num_timesteps - 1)  # whatever its rounding
         grid = self.original("times").to(position.device, non_blocking=True)
         return torch.lerp(grid[s], grid[s + 1], position - s), grid[s + 1] - grid[s]
 
@@ -282,3 +290,8 @@ class Schedule(Path):
 
     def extra_repr(self) -> str:
         return f"num_timesteps={self.num_timesteps}" + ", continuous" * self.continuous
+
+
+def with_zero(table: Tensor) -> Tensor:
+    r"""Returns a table with an entry for :math:`t = 0`."""
+    return torch.cat([torch.zeros_like(table[:1]), table])

@@ -23,7 +23,8 @@ def at_time(table: Tensor, t: int | Tensor, event_dim: int = 1) -> Tensor:
     r"""Returns the entries of a table, ready to multiply latents.
 
     Arguments:
-        table: A table, with shape :math:`(T + 1,)`.
+        table: A table, with shape :math:`(T + 1,)`, or :math:`(T + 1, \dots)` with a number for
+            each dimension of a latent.
         t: The timestep(s), an integer or an integer tensor with shape :math:`(*)`.
         event_dim: The number of dimensions of a latent.
 
@@ -36,7 +37,7 @@ def at_time(table: Tensor, t: int | Tensor, event_dim: int = 1) -> Tensor:
     """
     if isinstance(t, int) and not 0 <= t < len(table):
         raise ValueError(f"t must be from 0 to T = {len(table) - 1}, got {t}")
-    return table[t][(...,) + (None,) * event_dim]
+    return table[t][(...,) + (None,) * (event_dim + 1 - table.ndim)]
 
 
 class Tables(nn.Module):

@@ -33,7 +33,7 @@ from ..priors import (
     Prior,
     VampPrior,
 )
-from ..schedules import LinearSchedule, Schedule, make_schedule
+from ..schedules import LearnedSchedule, LinearSchedule, Schedule, make_schedule
 from ..vae import VAE
 from .config import ModelConfig
 
@@ -72,6 +72,9 @@ def make_diffusion_prior(config: ModelConfig, context: int | tuple[int, ...]) ->
     schedule: Schedule
     if config.schedule == "linear":
         schedule = LinearSchedule(T or 1000, config.beta_min, config.beta_max)
+    elif config.schedule.startswith("learned"):
+        each = (shape[0], *(1 for _ in shape[1:]))  # dimension of a vector, or channel
+        schedule = LearnedSchedule(each if config.schedule == "learned-diagonal" else ())
     else:
         schedule = make_schedule(config.schedule, T or 1000)
     if config.noise_log_snr is not None:

@@ -86,7 +86,12 @@ class ModelConfig(Checked):
     num_timesteps: int | str = option(
         1000, "T, or 'continuous'", whole(word="continuous"), metavar="T", of=DIFFUSION
     )
-    schedule: str = option("linear", "variances", choice(SCHEDULES), of=DIFFUSION)
+    schedule: str = option(
+        "linear",
+        "variances; learned, or learned-diagonal per dimension or channel, in continuous time",
+        choice((*SCHEDULES, "learned", "learned-diagonal")),
+        of=DIFFUSION,
+    )
     beta_min: float = option(1e-4, "first of the linear schedule", of=DIFFUSION)
     beta_max: float = option(0.02, "last of the linear schedule", of=DIFFUSION)
     parameterization: str = option(
@@ -124,6 +129,13 @@ class ModelConfig(Checked):
             raise ValueError(
                 f"group_priors='every' needs a prior with images as context, 'diffusion', got "
                 f"{self.prior!r}"
+            )
+        if self.schedule.startswith("learned") and (
+            self.num_timesteps != "continuous" or self.noise_log_snr is not None
+        ):
+            raise ValueError(
+                f"schedule={self.schedule!r} is in continuous time, from clean latents: give "
+                "num_timesteps='continuous' and leave out noise_log_snr"
             )
         if self.latent_groups and self.noise_log_snr is not None:
             raise ValueError("noise_log_snr is for a single group of latents: leave it out")
