@@ -15,6 +15,7 @@ from ..arguments import check_nonnegative, check_seed
 from ..data import DATASETS
 from ..evaluate import EXTRACTORS
 from ..infer import ESTIMATORS, PROPOSALS, REWEIGHTINGS
+from ..sampling import SAMPLERS
 from .model_config import DIFFUSION, ModelConfig, Users
 from .options import Checked, choice, number, option, positive, whole
 
@@ -189,3 +190,17 @@ class ReportConfig(Checked):
         0, "timesteps per test image of a diffusion prior; 0: all T of them", whole(0)
     )
     num_images: int = option(10_000, "images per side of the Fréchet distance, at most")
+    sampler: str = option(
+        "ancestral", "of the samples that are shown and evaluated", choice(SAMPLERS), of=DIFFUSION
+    )
+    sample_steps: int | None = option(
+        None, "its steps, of equal length in time (all T of them)", whole(), of=DIFFUSION
+    )
+
+    def check_use(self, model: ModelConfig) -> None:
+        r"""Raises a ``ValueError`` if a model has no use for an option."""
+        if model.latent_groups and (self.sampler, self.sample_steps) != ("ancestral", None):
+            raise ValueError(
+                "a hierarchy is sampled by its program, got latent_groups and sampler="
+                f"{self.sampler!r} with sample_steps={self.sample_steps}: leave these out"
+            )

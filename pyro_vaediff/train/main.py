@@ -105,6 +105,7 @@ class Config:
                 f"weighting={self.elbo.weighting!r} is defined for a fixed reverse variance, got "
                 "reverse_variance='learned'"
             )
+        self.report.check_use(self.model)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Config:
@@ -289,5 +290,7 @@ def run(config: Config, device: torch.device) -> None:
         progress=not config.run.quiet,
         extra={"training_seconds": seconds, "parameters": counts},
         labels=labels,
+        sampler=config.report.sampler,
+        num_steps=config.report.sample_steps,
     )
     print("\n".join(lines))

@@ -2,7 +2,7 @@ r"""The pictures that a model is judged by at a glance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def save_pictures(
     classes: int | None,
     out: Path,
     missing: Missing,
+    draw: Callable[..., Tensor] = sample,
 ) -> None:
     r"""Writes the pictures that a model is judged by at a glance; samples by class, if it has any.
 
@@ -65,6 +66,7 @@ def save_pictures(
         classes: The number of classes, if the context is the class: samples are in rows by class.
         out: The run directory.
         missing: Where to note what is not available.
+        draw: The sampler, called as ``draw(prior, num_samples, c)``.
     """
     with missing.unless("pictures"):
         space = pixel_space(vae)
@@ -76,7 +78,7 @@ def save_pictures(
             given = None
             if classes is not None:  # a row of eight for each class
                 given = one_hot(torch.arange(classes).repeat_interleave(8), classes).to(x)
-            z = sample(vae.prior, 64 if given is None else len(given), given)
+            z = draw(vae.prior, 64 if given is None else len(given), given)
             plotting.save_image_grid(to_unit(z, given), out / "samples.png", columns=8)
         with missing.unless("reconstructions.png"):
             few = None if c is None else c[:16]
