@@ -51,8 +51,8 @@ from pyro_vaediff.likelihoods import (
 )
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder, MLPBackbone, ResidualMLP
 from pyro_vaediff.plotting import plot_history, save_image_grid
+from pyro_vaediff.sampling import ddim, interpolate, reconstruct, sample, trajectory
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
-from pyro_vaediff.sampling.samplers import ddim, interpolate, reconstruct, sample, trajectory
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule, make_schedule
 from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.train import load_checkpoint
@@ -424,11 +424,14 @@ LIBRARY = [
     (lambda it: sample(it.vae.prior, 1.5), r"num_samples must be a whole number >= 1, got 1\.5"),
     (
         lambda it: trajectory(it.gaussian.prior, 2),
-        "prior must be a DiffusionPrior, got GaussianPrior: use sample and .*",
+        "prior must be a DiffusionPrior, got GaussianPrior: use sample without .*",
     ),
+    (lambda it: ddim(it.vae.prior, 2, 1.5), "num_steps must be a whole number >= 1, got 1.5"),
+    (lambda it: sample(it.vae.prior, 2, sampler="euler"), "unknown sampler 'euler': choose one .*"),
+    (lambda it: sample(it.vae.prior, 2, None, "heun", 2, "even"), "unknown grid 'even': choose .*"),
     (
-        lambda it: ddim(it.vae.prior, 2, num_steps=5),
-        "num_steps must be between 1 and T = 4, got 5",
+        lambda it: sample(it.gaussian.prior, 2, num_steps=5),
+        "prior must be a DiffusionPrior, got GaussianPrior: use sample without .*",
     ),
     (lambda it: ddim(it.vae.prior, 2, 2, eta=nan), r"eta must be in \[0, 1\], got nan"),
     (

@@ -22,7 +22,7 @@ from pyro_vaediff.denoise import Analytic, Denoiser, Diagonal
 from pyro_vaediff.diffusion import kl_normal, q_marginal, q_step
 from pyro_vaediff.evaluate import chain_log_prob
 from pyro_vaediff.nn import ResidualMLP
-from pyro_vaediff.priors import equal_steps, fit_variances, optimal_steps, step_costs
+from pyro_vaediff.priors import fit_variances, optimal_steps, step_costs
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule
 from pyro_vaediff.testing import Oracle, exact_elbo, linear_gaussian_vae
 
@@ -466,16 +466,6 @@ def test_chains_of_one_denoiser_share_a_parameter_store(device):
 # --- Grids ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 10])
-def test_equal_steps_are_equal_in_the_log_snr(n):
-    prior = DiffusionPrior(2, 1000)
-    times = equal_steps(prior, n)
-    log_snr = prior.with_steps(times).schedule.original("log_snr")[1:]
-    ends = prior.schedule.original("log_snr")
-    expected = torch.linspace(ends[1], ends[-1], n).double() if n > 1 else ends[-1:]
-    exact(log_snr, expected, atol=0.01)
-
-
 def test_grids_that_there_are_not():
     prior = DiffusionPrior(2, 4)
     with one_line_value_error("prior must have analytic .* got Beta: use fit_variances"):
@@ -483,9 +473,8 @@ def test_grids_that_there_are_not():
     fitted = fit_variances(prior, torch.randn(4, 2))
     with one_line_value_error("num_steps must be at most T = 4, got 5"):
         optimal_steps(fitted, 5)
-    for grid in (optimal_steps, equal_steps):
-        with one_line_value_error("num_steps must be a whole number >= 1, got 0"):
-            grid(fitted, 0)
+    with one_line_value_error("num_steps must be a whole number >= 1, got 0"):
+        optimal_steps(fitted, 0)
 
 
 def test_a_variance_can_be_an_object():

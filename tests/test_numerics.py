@@ -28,8 +28,8 @@ from pyro_vaediff.nn import (
     bounded_scale,
 )
 from pyro_vaediff.priors import PRIORS
+from pyro_vaediff.sampling import ddim
 from pyro_vaediff.sampling.probability_flow import ProbabilityFlow
-from pyro_vaediff.sampling.samplers import ddim
 from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, Schedule
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig

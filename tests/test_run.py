@@ -172,12 +172,20 @@ def test_other_priors(run, tmp_path, prior):
         {"likelihood": "autoregressive", "window": 3, "precision": "bf16"},
         {"beta": 0.5, "tc_weight": 2.0},
         {"conditioning": "x", "reverse_variance": "beta_tilde", "noise_log_snr": 3.0},
+        {"sampler": "dpm-solver", "sample_steps": 2},
+        {"sampler": "heun", "noise_log_snr": 3.0},
     ],
     ids=str,
 )
 def test_every_option_runs(run, tmp_path, options):
     lines = run(tmp_path / "run", epochs=1, **options)
     check_run(tmp_path / "run", lines, "diffusion", epochs=1)
+    sampler = options.get("sampler", "ancestral")
+    evaluations = options.get("sample_steps", TINY["num-timesteps"]) * (
+        2 if sampler == "heun" else 1
+    )
+    expected = {"sampler": sampler, "evaluations": evaluations}
+    assert results(tmp_path / "run")["sampling"] == expected
 
 
 def test_guidance_is_one_more_picture_and_no_number(run, tmp_path):
@@ -280,6 +288,8 @@ def test_hierarchies(run, error_of, tmp_path, prior, group_priors):
             ["--latent-groups", "8", "2x4x4", "--group-priors", "every", "--denoiser", "unet"],
             "needs denoisers with images as context, got 'unet': leave denoiser out",
         ),
+        (["--latent-groups", "8", "--sampler", "ddim"], "a hierarchy is sampled by its program"),
+        (["--latent-groups", "8", "--sample-steps", "9"], "a hierarchy is sampled by its program"),
     ],
     ids=str,
 )
@@ -546,6 +556,9 @@ ERRORS = [
     ),
     ({"num_timesteps": "continuous", "reverse_variance": "learned"}, "have no limit, got"),
     ({"schedule": "learned"}, "is in continuous time, from clean latents: give num_timesteps"),
+    ({"prior": "flow", "sampler": "ddim"}, "prior='flow' has no use for sampler"),
+    ({"prior": "flow", "sample_steps": 5}, "prior='flow' has no use for sample_steps"),
+    ({"sampler": "euler"}, "unknown sampler 'euler': choose one of ancestral, ddim, heun, dpm-sol"),
     ({"estimator": "trace", "entropy": "exact"}, "estimator='trace' has no use for entropy"),
     ({"condition": "labels", "prior": "vamp"}, "prior='vamp' takes no labels"),
 ]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..infer import Estimator
-from ..sampling.samplers import check_diffusion
+from ..sampling.solvers import check_diffusion
 from ..vae import VAE
 
 __all__ = ["count_evaluations", "peak_memory", "step_times", "whole_step"]

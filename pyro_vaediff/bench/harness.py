@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..infer import Timestep_ELBO, differentiable_terms, particle_options
-from ..sampling.samplers import check_diffusion
+from ..sampling.solvers import check_diffusion
 from ..testing.oracle import Oracle
 from ..vae import VAE
 from .cost import count_evaluations, peak_memory, step_times, whole_step

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -121,6 +121,7 @@ def frechet_distances(
     batch_size: int = 100,
     progress: bool = False,
     c: Tensor | None = None,
+    draw: Callable[..., Tensor] = sample,
 ) -> dict[str, Any]:
     r"""Returns the Fréchet distances of samples and of reconstructions to the test images.
 
@@ -136,6 +137,8 @@ def frechet_distances(
         batch_size: The number of images that are sampled at once.
         progress: Whether to show progress bars.
         c: The context of the test images and of as many samples, with shape :math:`(N, *)`.
+        draw: The sampler, called as ``draw(prior, num_samples, c)``: by default
+            :func:`~pyro_vaediff.sampling.sample`, or that with options by ``functools.partial``.
 
     Returns:
         The distances of samples and of reconstructions, with the entries ``"label"``,
@@ -149,7 +152,7 @@ def frechet_distances(
     def samples() -> Iterator[Tensor]:
         # A chain of a thousand steps is the faster, the more latents go through it at once.
         for many in torch.arange(len(reference)).split(10 * batch_size):
-            z_0 = sample(vae.prior, len(many), None if c is None else c[many])
+            z_0 = draw(vae.prior, len(many), None if c is None else c[many])
             for rows, z in zip(many.split(batch_size), z_0.split(batch_size), strict=True):
                 yield space.to_unit(point(call(vae.decoder, z, None if c is None else c[rows])))
 

@@ -2,7 +2,7 @@ r"""Priors :math:`p(z_0)`, each a pair of Pyro programs."""
 
 from .base import Prior, SiteInfer
 from .diffusion import DiffusionPrior
-from .few_steps import equal_steps, fit_variances, optimal_steps, step_costs
+from .few_steps import fit_variances, optimal_steps, step_costs
 from .flow import FlowPrior
 from .gaussian import GaussianPrior
 from .hierarchy import ConditionalGaussianPrior, HierarchicalPrior
@@ -27,7 +27,6 @@ __all__ = [
     "Prior",
     "SiteInfer",
     "VampPrior",
-    "equal_steps",
     "fit_variances",
     "optimal_steps",
     "step_costs",

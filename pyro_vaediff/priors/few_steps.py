@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from ..diffusion import q_marginal
 from ..nn.modes import eval_mode
 from .diffusion import DiffusionPrior
 
-__all__ = ["equal_steps", "fit_variances", "optimal_steps", "step_costs"]
+__all__ = ["fit_variances", "optimal_steps", "step_costs"]
 
 
 @torch.no_grad()
@@ -172,23 +171,3 @@ def optimal_steps(prior: DiffusionPrior, num_steps: int) -> Tensor:
     for s in reversed(previous):
         path.append(int(s[path[-1]]))
     return prior.schedule.original("times")[path[::-1]]
-
-
-def equal_steps(prior: DiffusionPrior, num_steps: int) -> Tensor:
-    r"""Returns the times of a chain whose steps are equal in the log-SNR, but for the first one.
-
-    The first one ends at clean latents, whose log-SNR is infinite: it starts where the first step
-    of the prior does.
-
-    Arguments:
-        prior: The prior.
-        num_steps: The number of steps :math:`n`.
-
-    Returns:
-        The times, in float64 with shape :math:`(n + 1,)`.
-    """
-    check_whole("num_steps", num_steps)
-    original = prior.schedule.original
-    times, log_snr = (original(name)[1:].flip(0).numpy() for name in ("times", "log_snr"))
-    later = np.interp(np.linspace(log_snr[0], log_snr[-1], num_steps), log_snr, times)
-    return torch.cat([original("times")[:1], torch.from_numpy(later).flip(0)])

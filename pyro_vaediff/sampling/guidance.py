@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..nn.modes import shallow_copy
 from ..priors import DiffusionPrior, Prior
-from .samplers import check_diffusion
+from .solvers import check_diffusion
 
 __all__ = ["guided"]
 

@@ -34,7 +34,7 @@ from torch import Size, Tensor
 
 from ..arguments import check_whole
 from ..priors import Prior
-from .samplers import check_diffusion
+from .solvers import check_diffusion
 
 __all__ = ["ProbabilityFlow"]
 

@@ -2,7 +2,7 @@ r"""Samples of priors and of VAEs."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -11,11 +11,21 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..arguments import check_whole
+from ..arguments import check_choice, check_whole
 from ..priors import DiffusionPrior, HierarchicalPrior, Prior
 from ..vae import VAE, call, posterior
+from .solvers import check_diffusion, ddim, dpm_solver, heun, on_grid
 
-__all__ = ["ddim", "interpolate", "point", "reconstruct", "sample", "trajectory"]
+__all__ = [
+    "SAMPLERS",
+    "ancestral",
+    "interpolate",
+    "num_evaluations",
+    "point",
+    "reconstruct",
+    "sample",
+    "trajectory",
+]
 
 
 def point(p: dist.TorchDistribution) -> Tensor:
@@ -37,21 +47,100 @@ def point(p: dist.TorchDistribution) -> Tensor:
 
 
 @torch.no_grad()
-def sample(prior: Prior, num_samples: int, c: Tensor | None = None) -> Tensor:
-    r"""Returns samples of :math:`p(z_0)` from the prior's program (ancestral sampling).
+def ancestral(
+    prior: Prior,
+    num_samples: int,
+    num_steps: int | None = None,
+    c: Tensor | None = None,
+    grid: str = "time",
+) -> Tensor:
+    r"""Returns samples of :math:`z_0` from the program of any prior, or of one with other steps.
 
     Arguments:
         prior: The prior.
         num_samples: The number of samples :math:`N`.
+        num_steps: The number of steps of a diffusion prior, or ``None`` for the program as it is.
         c: The context, with shape :math:`(N, *)`.
+        grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.GRIDS`.
 
     Returns:
         The latents, with shape :math:`(N, *\mathrm{event})`.
     """
     check_whole("num_samples", num_samples)
+    if num_steps is not None:
+        prior = on_grid(prior, num_steps, grid)
     # In a parameter store of its own: sampling leaves nothing behind in the global one.
     with pyro.get_param_store().scope(), pyro.plate("samples", num_samples):
         return prior.model(c)
+
+
+#: The samplers by name. The last three are for a :class:`~pyro_vaediff.priors.DiffusionPrior`.
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "heun": heun,
+    "dpm-solver": dpm_solver,
+}
+
+
+def sample(
+    prior: Prior,
+    num_samples: int,
+    c: Tensor | None = None,
+    sampler: str = "ancestral",
+    num_steps: int | None = None,
+    grid: str = "time",
+) -> Tensor:
+    r"""Returns samples of :math:`p(z_0)`, by default from the prior's program.
+
+    Arguments:
+        prior: The prior.
+        num_samples: The number of samples :math:`N`.
+        c: The context, with shape :math:`(N, *)`.
+        sampler: How a diffusion prior is sampled, one of :data:`SAMPLERS`; other priors only have
+            ``"ancestral"``, their program.
+        num_steps: The number of steps of a diffusion prior, by default those of its own grid,
+            which :meth:`~pyro_vaediff.priors.DiffusionPrior.with_steps` sets to any times.
+        grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.GRIDS`.
+
+    Returns:
+        The latents, with shape :math:`(N, *\mathrm{event})`.
+
+    Raises:
+        ValueError: If the sampler or the grid is unknown, or not for that prior.
+
+    Example:
+        >>> from pyro_vaediff import DiffusionPrior
+        >>> prior = DiffusionPrior(2, num_timesteps=1000)
+        >>> sample(prior, 5, sampler="dpm-solver", num_steps=10).shape
+        torch.Size([5, 2])
+    """
+    check_choice("sampler", sampler, SAMPLERS)
+    return SAMPLERS[sampler](prior, num_samples, num_steps, c=c, grid=grid)
+
+
+def num_evaluations(
+    prior: DiffusionPrior, sampler: str = "ancestral", num_steps: int | None = None
+) -> int:
+    r"""Returns how often a sampler evaluates the network of a diffusion prior.
+
+    Arguments:
+        prior: The prior.
+        sampler: The sampler, one of :data:`SAMPLERS`.
+        num_steps: The number of steps, by default that of the prior's own grid.
+
+    Example:
+        >>> from pyro_vaediff import DiffusionPrior
+        >>> prior = DiffusionPrior(2, num_timesteps=1000)
+        >>> [num_evaluations(prior, sampler, num_steps=10) for sampler in SAMPLERS]
+        [10, 10, 19, 10]
+    """
+    check_choice("sampler", sampler, SAMPLERS)
+    prior = check_diffusion(prior)
+    n = prior.num_timesteps if num_steps is None else num_steps
+    if SAMPLERS[sampler] is not heun:
+        return n
+    return 2 * n - bool(prior.schedule.original("log_snr")[0].isinf().all())
 
 
 @torch.no_grad()
@@ -79,56 +168,6 @@ def trajectory(
     times = torch.linspace(T, 0, min(num_frames, T + 1)).round().long()
     frames: list[Any] = [trace.nodes[f"z_{t}"]["value"] for t in times.tolist()]
     return times, torch.stack(frames)
-
-
-@torch.no_grad()
-def ddim(
-    prior: DiffusionPrior,
-    num_samples: int,
-    num_steps: int = 50,
-    eta: float = 0.0,
-    c: Tensor | None = None,
-) -> Tensor:
-    r"""Returns samples of :math:`z_0` in fewer steps than the chain has (DDIM).
-
-    .. math:: z_s = \sqrt{\bar\alpha_s} \, \hat z_0 + \sqrt{1 - \bar\alpha_s - \varsigma^2} \,
-        \hat\epsilon + \varsigma \, \xi, \qquad \varsigma^2 = \eta^2 \,
-        \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \left(1 - \frac{\bar\alpha_t}{\bar\alpha_s}\right)
-
-    Arguments:
-        prior: The prior.
-        num_samples: The number of samples :math:`N`.
-        num_steps: The number of steps, at most :math:`T`.
-        eta: The stochasticity :math:`\eta`: 0 is deterministic given :math:`z_T`, and 1 with all
-            :math:`T` steps is the ancestral sampler with variances :math:`\tilde\beta_t`.
-        c: The context, with shape :math:`(N, *)`.
-
-    Returns:
-        The latents, with shape :math:`(N, *\mathrm{event})`.
-
-    References:
-        | Denoising Diffusion Implicit Models (Song et al., 2021), equation (12)
-        | https://arxiv.org/abs/2010.02502
-    """
-    prior = check_diffusion(prior)
-    check_whole("num_samples", num_samples)
-    T = prior.num_timesteps
-    if num_steps not in range(1, T + 1):
-        raise ValueError(f"num_steps must be between 1 and T = {T}, got {num_steps}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
-    z = prior.standard_normal().expand([num_samples]).sample()
-    times = torch.linspace(T, 0, num_steps + 1).round().long().tolist()
-    log_snr = prior.schedule.log_snr
-    signal, noise = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
-    for t, s in itertools.pairwise(times):
-        z_0 = prior.denoise(z, t, c)
-        eps = (z - signal[t].sqrt() * z_0) / noise[t].sqrt()
-        variance = eta**2 * noise[s] / noise[t] * (1 - signal[t] / signal[s])
-        z = signal[s].sqrt() * z_0 + (noise[s] - variance).clamp(min=0).sqrt() * eps
-        if eta > 0:
-            z = z + variance.sqrt() * torch.randn_like(z)
-    return z
 
 
 @torch.no_grad()
@@ -188,12 +227,3 @@ def interpolate(
     z_0 = torch.lerp(start, end, weights.reshape(-1, *[1] * start.ndim)).flatten(0, 1)
     c = None if c is None else c.repeat(num_frames, *[1] * (c.ndim - 1))
     return point(call(vae.decoder, z_0, c)).unflatten(0, (num_frames, len(x)))
-
-
-def check_diffusion(prior: Prior) -> DiffusionPrior:
-    r"""Returns the chain of a prior, if it is a diffusion prior."""
-    if not isinstance(prior, DiffusionPrior):
-        raise ValueError(
-            f"prior must be a DiffusionPrior, got {type(prior).__name__}: use sample and log_prob"
-        )
-    return prior.chain

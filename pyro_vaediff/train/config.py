@@ -16,6 +16,7 @@ from ..arguments import check_nonnegative, check_seed
 from ..data import DATASETS
 from ..evaluate import EXTRACTORS
 from ..infer import ESTIMATORS, PROPOSALS, REWEIGHTINGS
+from ..sampling import SAMPLERS
 from .model_config import DIFFUSION, ModelConfig, Users
 from .options import Checked, choice, number, option, positive, whole
 
@@ -211,3 +212,17 @@ class ReportConfig(Checked):
         number("finite", math.isfinite),
         of=DIFFUSION,
     )
+    sampler: str = option(
+        "ancestral", "of the samples that are shown and evaluated", choice(SAMPLERS), of=DIFFUSION
+    )
+    sample_steps: int | None = option(
+        None, "its steps, of equal length in time (all T of them)", whole(), of=DIFFUSION
+    )
+
+    def check_use(self, model: ModelConfig) -> None:
+        r"""Raises a ``ValueError`` if a model has no use for an option."""
+        if model.latent_groups and (self.sampler, self.sample_steps) != ("ancestral", None):
+            raise ValueError(
+                "a hierarchy is sampled by its program, got latent_groups and sampler="
+                f"{self.sampler!r} with sample_steps={self.sample_steps}: leave these out"
+            )

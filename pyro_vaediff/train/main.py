@@ -119,6 +119,7 @@ class Config:
                 "num_timesteps='continuous' needs estimator='timestep' and weighting='elbo', got "
                 f"{self.elbo.estimator!r} and {self.elbo.weighting!r}"
             )
+        self.report.check_use(self.model)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Config:
@@ -304,5 +305,7 @@ def run(config: Config, device: torch.device) -> None:
         extra={"training_seconds": seconds, "parameters": counts},
         labels=labels,
         guidance=config.report.guidance,
+        sampler=config.report.sampler,
+        num_steps=config.report.sample_steps,
     )
     print("\n".join(lines))

@@ -2,7 +2,7 @@ r"""The pictures that a model is judged by at a glance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +55,7 @@ def save_pictures(
     out: Path,
     missing: Missing,
     guidance: float = 0.0,
+    draw: Callable[..., Tensor] = sample,
 ) -> None:
     r"""Writes the pictures that a model is judged by at a glance; samples by class, if it has any.
 
@@ -67,6 +68,7 @@ def save_pictures(
         out: The run directory.
         missing: Where to note what is not available.
         guidance: The weight of the guidance of samples that are not the model's, 0 for none.
+        draw: The sampler, called as ``draw(prior, num_samples, c)``.
     """
     with missing.unless("pictures"):
         space = pixel_space(vae)
@@ -78,10 +80,10 @@ def save_pictures(
             given = None
             if classes is not None:  # a row of eight for each class
                 given = one_hot(torch.arange(classes).repeat_interleave(8), classes).to(x)
-            z = sample(vae.prior, 64 if given is None else len(given), given)
+            z = draw(vae.prior, 64 if given is None else len(given), given)
             plotting.save_image_grid(to_unit(z, given), out / "samples.png", columns=8)
             if guidance and given is not None:
-                z = sample(guided(vae.prior, guidance), len(given), given)
+                z = draw(guided(vae.prior, guidance), len(given), given)
                 plotting.save_image_grid(to_unit(z, given), out / "guided.png", columns=8)
         with missing.unless("reconstructions.png"):
             few = None if c is None else c[:16]

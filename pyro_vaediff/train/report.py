@@ -2,6 +2,7 @@ r"""What a run leaves to read: results, tables and pictures."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ..evaluate import (
 from ..files import write_csv, write_json
 from ..infer import Estimator
 from ..infer.objectives import group_of
+from ..priors import DiffusionPrior
+from ..sampling import num_evaluations, sample
 from ..vae import VAE
 from .pictures import Missing, pixel_space, save_pictures
 from .splits import one_hot
@@ -46,6 +49,8 @@ def report(
     extra: dict[str, Any] | None = None,
     labels: bool = False,
     guidance: float = 0.0,
+    sampler: str = "ancestral",
+    num_steps: int | None = None,
 ) -> list[str]:
     r"""Evaluates a trained VAE on test data and writes results, tables and pictures.
 
@@ -67,6 +72,8 @@ def report(
         labels: Whether the labels of the images are the context, one-hot.
         guidance: The weight of :func:`~pyro_vaediff.sampling.guided` samples, for one more picture;
             all other pictures and numbers are those of the model.
+        sampler: The sampler of the prior, see :func:`~pyro_vaediff.sampling.sample`.
+        num_steps: The number of its steps.
 
     Returns:
         Lines that say what was found, and where it is.
@@ -77,6 +84,7 @@ def report(
     c, classes = context(data) if labels else (None, None)
     terms = readable_terms(vae, evaluate(vae, test, elbo, c=c, progress=progress))
     validated = [record for record in history if "validation" in record]
+    draw = partial(sample, sampler=sampler, num_steps=num_steps)
     loss = sum(terms.values())
     results: dict[str, Any] = {
         "test_images": len(test),
@@ -96,13 +104,16 @@ def report(
         text = results["test_negative_elbo_is"] = audit(evaluate, vae, elbo=elbo).text
         lines.append(f"    {text}")
     lines += [f"    {value:9.2f}  {name}" for name, value in terms.items()]
+    if isinstance(vae.prior, DiffusionPrior):
+        evaluations = num_evaluations(vae.prior, sampler, num_steps)
+        results["sampling"] = {"sampler": sampler, "evaluations": evaluations}
     if extractor is not None:
         with missing.unless("Fréchet distances"):
             if not isinstance(data, ImageData):
                 raise ValueError("data are no ImageData")
             cache = out.parent / "statistics"
             found = frechet_distances(
-                vae, data, extractor, num_images, cache_dir=cache, progress=progress, c=c
+                vae, data, extractor, num_images, cache, progress=progress, c=c, draw=draw
             )
             results["frechet"] = found
             lines.append(
@@ -137,7 +148,7 @@ def report(
         if kl is not None:
             plotting.plot_kl_by_timestep(kl, out / "kl_by_timestep.png")
     few = None if c is None else c[: len(x)].to(x)
-    save_pictures(vae, test, x, few, classes, out, missing, guidance)
+    save_pictures(vae, test, x, few, classes, out, missing, guidance, draw)
     if guidance:
         lines.append(f"guided.png: guidance {guidance}, these samples are not the model's")
     if len(missing.reasons) > known:
