@@ -3,6 +3,7 @@ r"""Dropped contexts, and guidance against the closed form for Gaussian classes.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +12,7 @@ import torch
 from errors import one_line_value_error
 from torch import nn
 
-from pyro_vaediff import VAE, DiffusionPrior, GaussianPrior
+from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior
 from pyro_vaediff.denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
 from pyro_vaediff.evaluate import evaluate
 from pyro_vaediff.infer import Timestep_ELBO, elbo_terms
@@ -287,6 +288,23 @@ def test_the_null_context_learns_the_marginal_and_guidance_sharpens():
         given, more = sample(prior, 2000, c), sample(guided(prior, 2.0), 2000, c)
         assert abs(given.mean() - 2 * sign) < 0.2 and abs(given.std() - 0.5) < 0.15
         assert sign * (more.mean() - given.mean()) > -0.1
+
+
+def test_a_prior_may_ignore_the_context_of_its_program():
+    torch.manual_seed(0)
+    z, c = torch.randn(4, 2), torch.randn(4, 3)
+    for make in (partial(DiffusionPrior, 2, 5), partial(FlowPrior, 2, hidden_features=(8,))):
+        ignoring, none = make(context_features=None), make()
+        none.load_state_dict(ignoring.state_dict())
+        for given in (c, None):
+            torch.manual_seed(1)
+            expected = none.model()
+            torch.manual_seed(1)
+            assert torch.equal(ignoring.model(given), expected)
+    prior = DiffusionPrior(2, 5, context_features=None)
+    assert torch.equal(prior.denoise(z, 3, c), prior.denoise(z, 3))
+    with one_line_value_error("context_dropout must be 0 if there is no context to drop"):
+        DiffusionPrior(2, 5, context_features=None, context_dropout=0.1)
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])

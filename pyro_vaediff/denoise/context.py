@@ -21,7 +21,8 @@ class Context(nn.Module):
     that of the data given their context.
 
     Arguments:
-        shape: The shape of the context of a datum, empty if there is none.
+        shape: The shape of the context of a datum, empty if there is none; ``None`` if that of the
+            program is ignored.
         dropout: The probability :math:`p`. If it is positive, a call without a context means the
             null context, which starts at zero, in either mode.
 
@@ -41,7 +42,7 @@ class Context(nn.Module):
         [[1.0, 1.0]]
     """
 
-    def __init__(self, shape: tuple[int, ...], dropout: float = 0.0):
+    def __init__(self, shape: tuple[int, ...] | None, dropout: float = 0.0):
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"context_dropout must be in [0, 1), got {dropout}")
@@ -50,8 +51,8 @@ class Context(nn.Module):
                 f"context_dropout must be 0 if there is no context to drop, got {dropout}: give "
                 "context_features, or condition='labels'"
             )
-        self.shape, self.dropout = shape, dropout
-        self.null = nn.Parameter(torch.zeros(shape)) if dropout else None
+        self.ignored, self.shape, self.dropout = shape is None, shape or (), dropout
+        self.null = nn.Parameter(torch.zeros(self.shape)) if dropout else None
 
     def forward(self, c: Tensor | None) -> Tensor | None:
         r"""Returns the context that the network is told.
@@ -62,6 +63,8 @@ class Context(nn.Module):
         Raises:
             ValueError: If there is a context and should be none, or the reverse.
         """
+        if self.ignored:
+            return None
         if self.null is not None and c is None:
             return self.null
         self.check(c)

@@ -40,7 +40,7 @@ class Denoiser(nn.Module):
             and :meth:`denoise` is :math:`E[z_0 | z_t]` of that Gaussian while the network returns
             zero, whatever the variance.
         context_features: The number of features :math:`F` of the context, or its shape, such as
-            :math:`(C, h, w)`; 0 for none.
+            :math:`(C, h, w)`; 0 for none, ``None`` to ignore that of the program.
         context_dropout: The probability of dropping the context of a datum in train mode, see
             :class:`~pyro_vaediff.denoise.Context`, for
             :func:`~pyro_vaediff.sampling.guided`.
@@ -58,12 +58,12 @@ class Denoiser(nn.Module):
         parameterization: str = "eps",
         reverse_variance: str | ReverseVariance = "beta",
         preconditioning: bool = False,
-        context_features: int | Sequence[int] = 0,
+        context_features: int | Sequence[int] | None = 0,
         context_dropout: float = 0.0,
     ):
         super().__init__()
         shape = as_shape("context_features", context_features) if context_features else ()
-        self.context = Context(shape, context_dropout)
+        self.context = Context(None if context_features is None else shape, context_dropout)
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         if preconditioning and parameterization != "eps":
             raise ValueError(

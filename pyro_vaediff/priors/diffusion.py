@@ -59,7 +59,8 @@ class DiffusionPrior(Prior):
         order: The factorization of the guide, ``"forward"``, ``"posterior"`` or ``"reversed"``.
             All three are the same distribution.
         context_features: The number of features :math:`F` of the context, or its shape if it is an
-            image; 0 for none.
+            image; 0 for none. With ``None``, the prior ignores the context of its program: the
+            latents do not depend on it, as on the batch that a datum is from.
         context_dropout: The probability of dropping the context of a datum in train mode, see
             :class:`~pyro_vaediff.denoise.Context`. If it is positive, ``model()`` without a context
             is a program as well.
@@ -87,7 +88,7 @@ class DiffusionPrior(Prior):
         reverse_variance: str | ReverseVariance = "beta",
         preconditioning: bool = False,
         order: str = "forward",
-        context_features: int | Sequence[int] = 0,
+        context_features: int | Sequence[int] | None = 0,
         context_dropout: float = 0.0,
         denoiser: Denoiser | None = None,
     ):
@@ -102,7 +103,7 @@ class DiffusionPrior(Prior):
                     self.event_shape,
                     schedule,
                     num_outputs=reverse_variance.num_outputs,
-                    context_features=context_features,
+                    context_features=context_features or 0,
                 )
             denoiser = Denoiser(
                 backbone,

@@ -34,7 +34,8 @@ class FlowPrior(Prior):
         hidden_features: The width of each hidden layer of the conditioners: of linear layers, which
             are widened to :math:`D` if they are narrower, as the masks need at least one unit per
             variable, by default (300, 300, 300); or of convolutions, by default (32, 32, 32).
-        context_features: The number of features :math:`F` of the context, 0 for none.
+        context_features: The number of features :math:`F` of the context, 0 for none, ``None`` to
+            ignore that of the program.
         flow: ``"autoregressive"``, ``"coupling"``, or a flow of zuko's to :math:`\mathcal{N}(0, I)`
             over vectors of :math:`D` variables, the latents flattened. It is called once at
             construction, as a check.
@@ -57,7 +58,7 @@ class FlowPrior(Prior):
         event_shape: int | Sequence[int],
         num_steps: int | None = None,
         hidden_features: Sequence[int] | None = None,
-        context_features: int = 0,
+        context_features: int | None = 0,
         flow: str | zuko.flows.Flow = "autoregressive",
     ):
         super().__init__(event_shape)
@@ -75,7 +76,7 @@ class FlowPrior(Prior):
             check_whole("num_steps", num_steps)
         if hidden_features is not None and (not hidden_features or min(hidden_features) < 1):
             raise ValueError(f"hidden_features must be one or more widths, got {hidden_features}")
-        self.flow = FLOWS[flow](self.event_shape, context_features, **given)
+        self.flow = FLOWS[flow](self.event_shape, context_features or 0, **given)
 
     @torch.no_grad()
     def check_flow(self) -> None:
@@ -102,8 +103,9 @@ class FlowPrior(Prior):
             ValueError: If the context is not what the prior was made for, or if the prior is in
                 half precision.
         """
+        c = None if self.context_features is None else c
         features, dtype = 0 if c is None else c.shape[-1], self.origin.dtype
-        if features != self.context_features:
+        if features != (self.context_features or 0):
             raise ValueError(
                 f"the context must have context_features={self.context_features} features (0 is "
                 f"none), got {features}"
