@@ -1,5 +1,6 @@
 r"""The numbers of a model: bounds, likelihoods, ELBO surgery and Fréchet distances."""
 
+from .densities import chain_log_weight, prior_log_prob
 from .elbo import evaluate, evaluating, in_batches, kl_by_timestep, preprocess, value_elbo
 from .features import EXTRACTORS, Extractor, load_extractor
 from .frechet import FeatureStatistics, frechet_distance
@@ -9,7 +10,7 @@ from .likelihood import (
     importance_log_likelihood,
     importance_weighted_bound,
     log_likelihood,
-    prior_log_prob,
+    log_likelihood_by_samples,
 )
 from .statistics import frechet_distances, image_statistics, reference_statistics
 from .surgery import Estimate, Surgery, aggregate_log_prob, chain_log_prob, elbo_surgery
@@ -25,6 +26,7 @@ __all__ = [
     "aggregate_log_prob",
     "bits_per_dim",
     "chain_log_prob",
+    "chain_log_weight",
     "elbo_surgery",
     "evaluate",
     "evaluating",
@@ -38,6 +40,7 @@ __all__ = [
     "kl_by_timestep",
     "load_extractor",
     "log_likelihood",
+    "log_likelihood_by_samples",
     "preprocess",
     "prior_log_prob",
     "reference_statistics",

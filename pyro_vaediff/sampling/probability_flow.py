@@ -39,8 +39,8 @@ from .samplers import check_diffusion
 __all__ = ["ProbabilityFlow"]
 
 Velocity = Callable[[Tensor, int], Tensor]
-# The Jacobians of a chunk of latents are made in that many parts: the network then sees more latents
-# at once where there is nothing to differentiate.
+# The Jacobians of a chunk of latents are made in that many parts, so that the network sees more
+# latents at once where there is nothing to differentiate.
 PARTS = 8
 
 
