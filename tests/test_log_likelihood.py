@@ -166,7 +166,7 @@ def test_the_weights_of_the_chain_are_those_of_traces(x, num_steps, reverse_vari
 
 
 def test_the_mean_weight_of_the_chain_is_the_evidence(x):
-    vae, replicas, x = linear_gaussian_vae(3, seed=0).to(x.device), 4000, x / 2
+    vae, replicas, x = linear_gaussian_vae(3, seed=0).to(x.device), 4000, x / 4
     evidence = Oracle(vae, x).log_evidence.detach()
     bound = importance_log_likelihood(
         vae, x.repeat(replicas, 1), 50, log_prior="chain", batch_size=40 * replicas
