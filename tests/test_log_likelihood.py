@@ -10,21 +10,26 @@ import pytest
 import torch
 from errors import one_line_value_error
 from pyro.infer import Trace_ELBO
+from test_evaluation import known_vae
 from test_likelihood_metrics import gaussian_vae, log_evidence, use_exact_posterior
+from test_samplers import shaped_priors
 from torch import nn
 
 from pyro_vaediff import VAE, DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, Prior
 from pyro_vaediff.evaluate import (
+    chain_log_weight,
     importance_log_likelihood,
     importance_weighted_bound,
     log_likelihood,
+    log_likelihood_by_samples,
     preprocess,
     prior_log_prob,
 )
+from pyro_vaediff.evaluate.likelihood import by_samples
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import ConvDecoder, ConvEncoder
 from pyro_vaediff.sampling import ProbabilityFlow
-from pyro_vaediff.testing import LinearGaussian, linear_gaussian_vae
+from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 
 
 @pytest.fixture
@@ -140,9 +145,92 @@ def test_the_bound_rises_to_the_evidence_of_the_flow(x):
 def test_the_flow_and_the_chain_are_different_models(x):
     # Neither is a bound on the other: their densities differ where the denoiser is not perfect.
     vae = linear_gaussian_vae(3, seed=0).to(x.device)
-    estimate = importance_log_likelihood(vae, x, 100)
-    chain = importance_weighted_bound(vae.model, vae.guide, x, elbo=Trace_ELBO(100))
-    assert (estimate - chain).abs().max() > 0.1
+    flow, chain = (importance_log_likelihood(vae, x, 100, log_prior=p) for p in ("flow", "chain"))
+    assert (flow - chain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("num_steps", [None, 3])
+@pytest.mark.parametrize("reverse_variance", ["beta", "beta_tilde", "learned"])
+def test_the_weights_of_the_chain_are_those_of_traces(x, num_steps, reverse_variance):
+    vae = linear_gaussian_vae(6, reverse_variance=reverse_variance).to(x.device)
+    prior = vae.prior.with_steps(num_steps) if num_steps else vae.prior
+    programs, results = VAE(vae.encoder, vae.decoder, prior), []
+    options = {"log_prior": "chain", "num_steps": num_steps, "batch_size": 1}
+    for estimate in (
+        lambda: importance_log_likelihood(vae, x, 7, **options),
+        lambda: importance_weighted_bound(programs.model, programs.guide, x, elbo=Trace_ELBO(7)),
+    ):
+        torch.manual_seed(3)
+        results.append(estimate())
+    torch.testing.assert_close(*results, atol=1e-10, rtol=0)
+
+
+def test_the_mean_weight_of_the_chain_is_the_evidence(x):
+    vae, replicas, x = linear_gaussian_vae(3, seed=0).to(x.device), 4000, x / 4
+    evidence = Oracle(vae, x).log_evidence.detach()
+    bound = importance_log_likelihood(
+        vae, x.repeat(replicas, 1), 50, log_prior="chain", batch_size=40 * replicas
+    )
+    ratio = (bound.unflatten(0, (replicas, len(x))) - evidence).exp()
+    se = ratio.std(0) / replicas**0.5
+    assert (se < 0.03).all(), se
+    assert ((ratio.mean(0) - 1).abs() < 5 * se).all()
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_the_chain_of_events_of_another_shape_and_a_context(device, context):
+    flat, shaped = (prior.requires_grad_(False) for prior in shaped_priors(device, context))
+    c = torch.tensor([[0.0, 1.0]]).to(flat.origin).expand(5, 2) if context else None
+    z_0, results = torch.randn(3, 5, 2, dtype=torch.float64, device=device), []
+    for prior, z, c_z in ((flat, z_0, None), (shaped, z_0.unsqueeze(-1).unsqueeze(-3), c)):
+        torch.manual_seed(3)
+        results.append(chain_log_weight(prior, z, c_z))
+    assert results[0].shape == (3, 5)
+    torch.testing.assert_close(*results, atol=1e-10, rtol=0)
+
+
+def test_samples_at_once_are_those_of_one_after_the_other(device):
+    # The decoder adds the context, which has to stay with its datum.
+    vae = known_vae(device)
+    x, c = torch.randn(2, 7, 3, dtype=torch.float64, device=device)
+    one, *others = (log_likelihood(vae, x, 5, c=c, batch_size=n) for n in (7, 15, 100))
+    for other in others:
+        torch.testing.assert_close(other, one, atol=1e-10, rtol=0)
+    assert (log_likelihood(vae, x, 5, c=c.flip(0)) - one).abs().max() > 0.1
+
+
+# --- By the number of samples ---------------------------------------------------------------------
+
+
+def test_smaller_numbers_of_samples_are_those_of_groups():
+    log_weights = torch.randn(6, 2, dtype=torch.float64)
+    found, weights = by_samples(log_weights), log_weights.exp()
+    expected = {
+        1: log_weights.mean(0),
+        2: (weights[::2] + weights[1::2]).div(2).log().mean(0),
+        4: weights[:4].mean(0).log(),
+        6: weights.mean(0).log(),
+    }
+    assert list(found) == list(expected)
+    for k, value in expected.items():
+        torch.testing.assert_close(found[k], value, atol=1e-12, rtol=0)
+
+
+def test_they_rise_to_the_estimate_of_all(x):
+    vae, x = gaussian_vae(x.device), x.repeat(500, 1)
+    found = log_likelihood_by_samples(vae, x, 16)
+    assert list(found) == [1, 2, 4, 8, 16]
+    assert torch.equal(found[16], log_likelihood(vae, x, 16))
+    values = torch.stack(list(found.values()))
+    assert (values.diff(dim=0) > 0).all()  # Jensen's inequality, for each datum
+    # Each has the expectation of an estimate from that many samples, and less noise.
+    for k in (1, 4):
+        alone = log_likelihood(vae, x, k, seed=1)
+        assert alone.unflatten(0, (500, 2)).std(0).gt(found[k].unflatten(0, (500, 2)).std(0)).all()
+        difference = (found[k] - alone).unflatten(0, (500, 2))
+        se = difference.std(0) / 500**0.5
+        assert (se < 0.1).all(), se
+        assert (difference.mean(0).abs() < 5 * se).all()
 
 
 # --- Of images ------------------------------------------------------------------------------------
@@ -187,6 +275,13 @@ def test_priors_that_are_equal_have_the_same_likelihood(device, images):
     expected = log_likelihood(vae, images, 4)
     vae.prior = DiffusionPrior(3).to(device)
     torch.testing.assert_close(log_likelihood(vae, images, 4), expected, atol=1e-3, rtol=0)
+
+
+def test_an_unknown_density_is_an_error(x):
+    with one_line_value_error("unknown log_prior .bound.: choose one of chain, flow"):
+        importance_log_likelihood(gaussian_vae(x.device), x, log_prior="bound")
+    with one_line_value_error("prior must be a DiffusionPrior, got GaussianPrior"):
+        chain_log_weight(GaussianPrior(2), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("num_samples", [0, 2.5])

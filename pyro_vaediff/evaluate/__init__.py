@@ -2,6 +2,7 @@ r"""The numbers of a model: bounds, likelihoods, what they are, surgery and Fré
 
 from .audit import BOUNDS, NO_BOUNDS, Audit, audit
 from .demonstration import Demonstration, demonstrate
+from .densities import chain_log_weight, prior_log_prob
 from .elbo import evaluate, evaluating, in_batches, kl_by_timestep, preprocess, value_elbo
 from .features import EXTRACTORS, Extractor, load_extractor
 from .frechet import FeatureStatistics, frechet_distance
@@ -11,7 +12,7 @@ from .likelihood import (
     importance_log_likelihood,
     importance_weighted_bound,
     log_likelihood,
-    prior_log_prob,
+    log_likelihood_by_samples,
 )
 from .statistics import frechet_distances, image_statistics, reference_statistics
 from .surgery import Estimate, Surgery, aggregate_log_prob, chain_log_prob, elbo_surgery
@@ -32,6 +33,7 @@ __all__ = [
     "audit",
     "bits_per_dim",
     "chain_log_prob",
+    "chain_log_weight",
     "demonstrate",
     "elbo_surgery",
     "evaluate",
@@ -46,6 +48,7 @@ __all__ = [
     "kl_by_timestep",
     "load_extractor",
     "log_likelihood",
+    "log_likelihood_by_samples",
     "preprocess",
     "prior_log_prob",
     "reference_statistics",

@@ -12,10 +12,10 @@ from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from ..arguments import check_whole
-from ..priors import Prior
-from ..sampling.probability_flow import ProbabilityFlow
+from ..arguments import check_choice, check_whole
+from ..priors import DiffusionPrior
 from ..vae import VAE, call, posterior
+from .densities import LOG_PRIORS, chain_log_weight, prior_log_prob
 from .elbo import Data, evaluating, in_batches
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "importance_log_likelihood",
     "importance_weighted_bound",
     "log_likelihood",
-    "prior_log_prob",
+    "log_likelihood_by_samples",
 ]
 
 
@@ -46,12 +46,22 @@ def bits_per_dim(nats: float, image_shape: Sequence[int], log_bin_width: float =
     return (nats / num_dims - log_bin_width) / math.log(2)
 
 
-def log_mean_exp(log_weight: Callable[[], Tensor], num_samples: int) -> Tensor:
-    r"""Returns the logarithm of the mean of random weights, drawn one after the other."""
-    total = log_weight()
-    for _ in range(num_samples - 1):
-        total = torch.logaddexp(total, log_weight())
-    return total - math.log(num_samples)
+def by_samples(log_weights: Tensor) -> dict[int, Tensor]:
+    r"""Returns the log-mean-exp of :math:`1, 2, 4, \dots` and all :math:`K` weights.
+
+    A smaller number has one value for each group of that many weights. Their mean has the same
+    expectation as one of them, and less noise.
+
+    Arguments:
+        log_weights: The logarithms of the weights, with shape :math:`(K, B)`.
+
+    Returns:
+        The values by number of weights, with shape :math:`(B,)`.
+    """
+    K = len(log_weights)
+    numbers = [2**i for i in range(K.bit_length()) if 2**i < K] + [K]
+    groups = {k: log_weights[: K // k * k].unflatten(0, (-1, k)) for k in numbers}
+    return {k: (group.logsumexp(1) - math.log(k)).mean(0) for k, group in groups.items()}
 
 
 @torch.no_grad()
@@ -103,7 +113,8 @@ def importance_weighted_bound(
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         return log_joint(model_trace) - log_joint(guide_trace)
 
-    return log_mean_exp(log_weight, elbo.num_particles)
+    log_weights = torch.stack([log_weight() for _ in range(elbo.num_particles)])
+    return by_samples(log_weights)[elbo.num_particles]
 
 
 def log_joint(trace: poutine.Trace) -> Tensor:
@@ -124,59 +135,60 @@ def log_joint(trace: poutine.Trace) -> Tensor:
     return total
 
 
-def prior_log_prob(
-    prior: Prior, z_0: Tensor, c: Tensor | None = None, **flow_options: Any
+def log_weights(
+    vae: VAE,
+    x: Tensor,
+    num_samples: int,
+    c: Tensor | None = None,
+    log_prior: str = "flow",
+    batch_size: int = 100,
+    **options: Any,
 ) -> Tensor:
-    r"""Returns the exact log-density :math:`\log p(z_0)` of any prior, in nats.
+    r"""Returns :math:`\log p(x, z_0) - \log q(z_0 | x)` of samples, with shape :math:`(K, B)`."""
+    check_whole("num_samples", num_samples)
+    check_whole("batch_size", batch_size)
+    check_choice("log_prior", log_prior, LOG_PRIORS)
+    is_chain = log_prior == "chain" and isinstance(vae.prior, DiffusionPrior)
+    log_prob = chain_log_weight if is_chain else prior_log_prob
+    q_z0, B, n = posterior(vae, x, c), len(x), min(num_samples, max(1, batch_size // len(x)))
+    copies = [None if v is None else v.expand(n, *v.shape).flatten(0, 1) for v in (x, c)]
 
-    It is ``prior.log_prob`` if the prior has it. A diffusion prior has it in its probability flow:
-    see :class:`~pyro_vaediff.sampling.ProbabilityFlow`, a model of its own with the same denoiser.
+    def some(n: int) -> Tensor:
+        z_0 = torch.stack([q_z0() for _ in range(n)])  # each as a sample site draws it
+        x_n, c_n = (None if v is None else v[: n * B] for v in copies)
+        log_p_x = call(vae.decoder, z_0.flatten(0, 1), c_n).log_prob(x_n).reshape(n, B)
+        return log_p_x - q_z0.log_prob(z_0) + log_prob(vae.prior, z_0, c, **options)
 
-    Arguments:
-        prior: The prior.
-        z_0: The latents, with shape :math:`(*, *\mathrm{event})`.
-        c: The context, with shape :math:`(B, *)`.
-        flow_options: The options of the probability flow, such as ``num_steps``. Priors other than
-            diffusion priors have no use for them.
-
-    Returns:
-        The log-densities, with shape :math:`(*)`.
-
-    Raises:
-        ValueError: If the prior has neither.
-
-    Example:
-        >>> from pyro_vaediff import GaussianPrior
-        >>> prior_log_prob(GaussianPrior(2), torch.zeros(3, 2))
-        tensor([-1.8379, -1.8379, -1.8379])
-    """
-    try:
-        return prior.log_prob(z_0, c)
-    except NotImplementedError:
-        return ProbabilityFlow(prior, c=c, **flow_options).log_prob(z_0)
+    return torch.cat([some(min(n, num_samples - k)) for k in range(0, num_samples, n)])
 
 
 @torch.no_grad()
 def importance_log_likelihood(
-    vae: VAE, x: Tensor, num_samples: int = 64, c: Tensor | None = None, **flow_options: Any
+    vae: VAE, x: Tensor, num_samples: int = 64, c: Tensor | None = None, **options: Any
 ) -> Tensor:
     r"""Returns an importance-weighted estimate of :math:`\log p(x)` of each datum, in nats.
 
     .. math:: \log \frac{1}{K} \sum_{k=1}^K \frac{p_\theta(x | z_0^k) \, p(z_0^k)}{q_\psi(z_0^k |
         x)}, \qquad z_0^k \sim q_\psi(z_0 | x)
 
-    Its expectation is a lower bound on :math:`\log p(x)` that rises with :math:`K`. The estimate is
-    that of :func:`~pyro_vaediff.evaluate.importance_weighted_bound` for priors whose only site is
-    ``"z_0"``. A diffusion prior's :math:`p(z_0)` is here that of its probability flow: the result
-    is a likelihood of *this* model, which is another one than the chain :math:`z_T \to \dots \to
-    z_0` that the ELBO bounds. Either is a likelihood, so that neither need be the larger one.
+    Its expectation is a lower bound on :math:`\log p(x)` that rises with :math:`K`. It is that of
+    :func:`~pyro_vaediff.evaluate.importance_weighted_bound`, with several samples at once and
+    without traces. A diffusion prior has two densities, those of two models with one denoiser. Each
+    is a likelihood, so that neither need be the larger one, and so it is for any number of steps:
+
+    - ``log_prior="flow"``, the density of its :class:`~pyro_vaediff.sampling.ProbabilityFlow`;
+    - ``log_prior="chain"``, that of :math:`z_T \to \dots \to z_0`, which the ELBO bounds. A weight
+      has a draw of the whole chain (:func:`chain_log_weight`), which makes it noisier but costs
+      fewer operations, in particular with few steps.
 
     Arguments:
         vae: The VAE.
         x: The data in x-space, with shape :math:`(B, *)`.
         num_samples: The number of samples :math:`K`.
         c: The context, with shape :math:`(B, *)`.
-        flow_options: The options of :func:`prior_log_prob`.
+        options: ``log_prior``, by default ``"flow"``; ``batch_size``, the number of latents that
+            are evaluated at once, but one of each datum at least, by default 100; and the options
+            of a diffusion prior's density, such as ``num_steps``.
 
     Returns:
         The estimates, with shape :math:`(B,)`.
@@ -185,20 +197,11 @@ def importance_log_likelihood(
         | Importance Weighted Autoencoders (Burda et al., 2016)
         | https://arxiv.org/abs/1509.00519
     """
-    check_whole("num_samples", num_samples)
-    q_z0 = posterior(vae, x, c)
-
-    def log_weight() -> Tensor:
-        z_0 = q_z0()  # as a sample site draws it
-        log_p_x = call(vae.decoder, z_0, c).log_prob(x)
-        log_p_z = prior_log_prob(vae.prior, z_0, c, **flow_options)
-        return log_p_x - q_z0.log_prob(z_0) + log_p_z
-
-    return log_mean_exp(log_weight, num_samples)
+    return by_samples(log_weights(vae, x, num_samples, c, **options))[num_samples]
 
 
 @torch.no_grad()
-def log_likelihood(
+def log_likelihood_by_samples(
     vae: VAE,
     data: Data,
     num_samples: int = 64,
@@ -207,34 +210,51 @@ def log_likelihood(
     batch_size: int = 100,
     seed: int = 0,
     progress: bool = False,
-    **flow_options: Any,
-) -> Tensor:
-    r"""Returns importance-weighted estimates of :math:`\log p(x)` of data, in nats per datum.
+    **options: Any,
+) -> dict[int, Tensor]:
+    r"""Returns importance-weighted estimates of :math:`\log p(x)` of data, in nats per datum, by
+    the number of samples :math:`1, 2, 4, \dots, K`.
 
-    See :func:`importance_log_likelihood`, also for what it means with a diffusion prior. If the
-    likelihood is a density, so is :math:`p(x)`, at images that are dequantized as
-    :func:`~pyro_vaediff.evaluate.evaluate` does it: from the same seed, and for its first batch
-    with the same noise.
+    They rise to :math:`\log p(x)`, and whether they still do at :math:`K` tells how far below it
+    they are. All are made of the same :math:`K` samples. See
+    :func:`~pyro_vaediff.evaluate.importance_log_likelihood`, also for what it means with a
+    diffusion prior. If the likelihood is a density, so is :math:`p(x)`, at images that are
+    dequantized as :func:`~pyro_vaediff.evaluate.evaluate` does it: from the same seed, and for its
+    first batch with the same noise.
 
     Arguments:
         vae: The VAE. It is evaluated in eval mode, on the device of its parameters.
         data: The data, see :func:`~pyro_vaediff.evaluate.in_batches`.
-        num_samples: The number of samples :math:`K` of each datum, one at a time.
+        num_samples: The number of samples :math:`K` of each datum.
         c: The context, with shape :math:`(N, *)`.
-        batch_size: The number of data that are evaluated at once. With ``chunk_size`` of the
+        batch_size: The number of latents that are evaluated at once. With ``chunk_size`` of the
             probability flow, it bounds the memory.
         seed: The seed of dequantization and latents. The global generators are restored.
         progress: Whether to show a progress bar.
-        flow_options: The options of :func:`prior_log_prob`.
+        options: The options of :func:`~pyro_vaediff.evaluate.importance_log_likelihood`.
+
+    Returns:
+        The estimates by number of samples, with shape :math:`(N,)`.
+    """
+    parts = []
+    with evaluating(vae, seed):
+        for x, c_x in in_batches(vae, data, c, batch_size, progress and "log-likelihood"):
+            weights = log_weights(vae, x, num_samples, c_x, batch_size=batch_size, **options)
+            parts.append(by_samples(weights))
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+
+def log_likelihood(vae: VAE, data: Data, num_samples: int = 64, **options: Any) -> Tensor:
+    r"""Returns importance-weighted estimates of :math:`\log p(x)` of data, in nats per datum.
+
+    Arguments:
+        vae: The VAE.
+        data: The data.
+        num_samples: The number of samples :math:`K` of each datum.
+        options: The options of :func:`log_likelihood_by_samples`, which has the estimates of fewer
+            samples as well.
 
     Returns:
         The estimates, with shape :math:`(N,)`.
     """
-    with evaluating(vae, seed):
-        batches = in_batches(vae, data, c, batch_size, progress and "log-likelihood")
-        return torch.cat(
-            [
-                importance_log_likelihood(vae, x, num_samples, c_x, **flow_options)
-                for x, c_x in batches
-            ]
-        )
+    return log_likelihood_by_samples(vae, data, num_samples, **options)[num_samples]

@@ -34,12 +34,11 @@ from ..diffusion import base_normal
 from ..infer import TermsELBO, Timestep_ELBO, elbo_terms
 from ..priors import Prior
 from ..vae import VAE, posterior
+from .densities import LOG_PRIORS, prior_log_prob
 from .elbo import Data, check_bound, evaluating, in_batches, value_elbo
-from .likelihood import prior_log_prob
 
 __all__ = ["Estimate", "Surgery", "aggregate_log_prob", "chain_log_prob", "elbo_surgery"]
 
-LOG_PRIORS = ("chain", "flow")
 ACTIVE = 0.01  # the threshold of Burda et al.
 CHUNK = 2**22  # pairs of a latent and a component that are evaluated at once: 32 MiB in float64
 

@@ -39,7 +39,7 @@ from .solvers import check_diffusion
 __all__ = ["ProbabilityFlow"]
 
 Velocity = Callable[[Tensor, int], Tensor]
-# The Jacobians of a chunk of latents are made in that many parts: the network then sees more
+# The Jacobians of a chunk of latents are made in that many parts, so that the network sees more
 # latents at once where there is nothing to differentiate.
 PARTS = 8
 
