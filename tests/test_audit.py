@@ -102,6 +102,14 @@ def hierarchy():
             f"another model than {OF_CHAIN}, from 16 samples per datum",
         ),
         (
+            *(log_likelihood, CHAIN, {"log_prior": "chain", "num_steps": 5}),
+            *("importance-weighted bound", "the chain of T = 5 steps"),
+        ),
+        (
+            *(Timestep_ELBO(), DiffusionPrior(2, num_timesteps=None), {}),
+            *("continuous-time bound", "the diffusion in continuous time"),
+        ),
+        (
             *(importance_log_likelihood, FlowPrior(2), {"num_steps": 50}),
             *("importance-weighted bound", "the model with a FlowPrior", "from 64 samples"),
         ),

@@ -193,9 +193,20 @@ def of_weights(prior: Prior | None, elbo: ELBO | None = None) -> Audit:
     return entry("scaled weights" if scaled else "log-mean-exp of noisy bounds", of)
 
 
-def of_likelihood(prior: Prior | None, num_samples: int = 64, **flow_options: Any) -> Audit:
+def of_likelihood(
+    prior: Prior | None,
+    num_samples: int = 64,
+    *,
+    log_prior: str = "flow",
+    batch_size: int = 100,
+    **options: Any,
+) -> Audit:
     r"""Returns what :func:`log_likelihood` is."""
-    of, *others = of_density(prior, **flow_options)
+    if log_prior == "chain" and isinstance(prior, DiffusionPrior):
+        steps = options.get("num_steps")
+        of, others = described(prior.chain if steps is None else prior.with_steps(steps)), ()
+    else:
+        of, *others = of_density(prior, **options)
     return of_samples(of, num_samples, *others)
 
 
