@@ -103,11 +103,11 @@ def hierarchy():
         ),
         (
             *(log_likelihood, CHAIN, {"log_prior": "chain", "num_steps": 5}),
-            *("importance-weighted bound", "the chain of T = 5 steps"),
+            *("importance-weighted bound", "the chain of T = 5 steps", "from 64 samples per datum"),
         ),
         (
             *(Timestep_ELBO(), DiffusionPrior(2, num_timesteps=None), {}),
-            *("continuous-time bound", "the diffusion in continuous time"),
+            *("continuous-time bound", "the diffusion in continuous time", "from 8 timesteps"),
         ),
         (
             *(importance_log_likelihood, FlowPrior(2), {"num_steps": 50}),
