@@ -282,7 +282,12 @@ def test_the_model_runs_the_chain_of_the_grid(vae):
     assert times.tolist() == [5, 2, 0] and frames.shape == (3, 4, 2)
     z = torch.randn(3, 2, dtype=torch.float64, device=prior.origin.device)
     assert torch.isfinite(ProbabilityFlow(prior, num_steps=50).log_prob(z)).all()
-    # On any grid, the network means the same estimate of the clean latents.
+
+
+@pytest.mark.parametrize("reverse_variance", ["beta", "beta_tilde"])
+def test_the_network_means_the_same_estimate_on_any_grid(device, reverse_variance):
+    prior = linear_gaussian_vae(None, reverse_variance=reverse_variance).to(device).prior
+    z = torch.randn(3, 2, dtype=torch.float64, device=device)
     for t in (0.3, 0.001, 1.0):
         exact(prior.denoise(z, t), prior.with_steps(7).denoise(z, t))
         eps = prior.denoiser.noise(z, t)
