@@ -2,18 +2,22 @@ r"""Linear-Gaussian oracles: the exact ELBO, its terms and gradients, and the ev
 
 :func:`linear_gaussian_vae` makes a VAE whose networks are affine, and an :class:`Oracle` knows the
 expectation of every estimator of its ELBO: whoever writes an estimator can test it. For other
-linear-Gaussian programs, such as hierarchies, there is :func:`exact_elbo`.
+linear-Gaussian programs, such as hierarchies, there is :func:`exact_elbo`. Counts of a known
+generator are :func:`synthetic_counts`.
 """
 
+from .counts import Counts, synthetic_counts
 from .cubature import exact_elbo
 from .linear_gaussian import LinearDenoiser, LinearGaussian, linear_gaussian_vae, one_copy_per_datum
 from .oracle import Oracle
 
 __all__ = [
+    "Counts",
     "LinearDenoiser",
     "LinearGaussian",
     "Oracle",
     "exact_elbo",
     "linear_gaussian_vae",
     "one_copy_per_datum",
+    "synthetic_counts",
 ]
