@@ -3,10 +3,11 @@ r"""Linear-Gaussian oracles: the exact ELBO, its terms and gradients, and the ev
 :func:`linear_gaussian_vae` makes a VAE whose networks are affine, and an :class:`Oracle` knows the
 expectation of every estimator of its ELBO: whoever writes an estimator can test it. In continuous
 time, a :class:`ContinuousOracle` does. For other linear-Gaussian programs, such as hierarchies,
-there is :func:`exact_elbo`.
+there is :func:`exact_elbo`. Counts of a known generator are :func:`synthetic_counts`.
 """
 
 from .continuous import ContinuousOracle
+from .counts import Counts, synthetic_counts
 from .cubature import exact_elbo
 from .linear_gaussian import (
     LinearDenoiser,
@@ -19,6 +20,7 @@ from .oracle import Oracle
 
 __all__ = [
     "ContinuousOracle",
+    "Counts",
     "LinearDenoiser",
     "LinearGaussian",
     "Oracle",
@@ -26,4 +28,5 @@ __all__ = [
     "exact_elbo",
     "linear_gaussian_vae",
     "one_copy_per_datum",
+    "synthetic_counts",
 ]
