@@ -139,7 +139,7 @@ def num_evaluations(
     n = prior.num_timesteps if num_steps is None else num_steps
     if SAMPLERS[sampler] is not heun:
         return n
-    return 2 * n - bool(prior.schedule.original("log_snr")[0].isinf())
+    return 2 * n - bool(prior.schedule.original("log_snr")[0].isinf().all())
 
 
 @torch.no_grad()
