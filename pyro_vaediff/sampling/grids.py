@@ -80,16 +80,21 @@ def equal_steps(
     r"""Returns times of equal distance in a function of the log-SNR that grows with the time."""
     check_whole("num_steps", num_steps)
     schedule = prior.schedule
-    times, log_snr = schedule.original("times"), schedule.original("log_snr")
-    clean = int(log_snr[0].isinf().all())
+    times, log_snr = schedule.original("times"), mean(schedule.original("log_snr"))
+    clean = int(log_snr[0].isinf())
     first, last = coordinate(log_snr[[clean, -1]]).tolist()
     inner = torch.linspace(first, last, num_steps + 1 - clean, dtype=torch.float64)[1:-1]
     low, high = torch.full_like(inner, schedule.start), torch.ones_like(inner)
     for _ in range(60):  # halves the intervals
         middle = (low + high) / 2
-        early = coordinate(schedule.log_snr_at(middle)) < inner
+        early = coordinate(mean(schedule.log_snr_at(middle))) < inner
         low, high = torch.where(early, middle, low), torch.where(early, high, middle)
     return torch.cat([times[: min(clean + 1, num_steps)], high, times[-1:]])
+
+
+def mean(log_snr: Tensor) -> Tensor:
+    r"""Returns the log-SNR at each time: the mean, if dimensions have paths of their own."""
+    return log_snr.flatten(1).mean(1) if log_snr.ndim > 1 else log_snr
 
 
 #: The grids by name.

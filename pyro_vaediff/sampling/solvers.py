@@ -62,13 +62,15 @@ def ddim(
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     prior, z, log_snr = begin(prior, num_samples, num_steps, grid)
     signal, noise = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
+    variance = eta**2 * noise[:-1] / noise[1:] * (1 - signal[1:] / signal[:-1])
+    rest = (noise[:-1] - variance).clamp(min=0)
+    alpha, sigma, rest, fresh = (x.sqrt().to(z) for x in (signal, noise, rest, variance))
     for t in range(prior.num_timesteps, 0, -1):
         s, z_0 = t - 1, prior.denoise(z, t, c)
-        eps = (z - signal[t].sqrt() * z_0) / noise[t].sqrt()
-        variance = eta**2 * noise[s] / noise[t] * (1 - signal[t] / signal[s])
-        z = signal[s].sqrt() * z_0 + (noise[s] - variance).clamp(min=0).sqrt() * eps
+        eps = (z - alpha[t] * z_0) / sigma[t]
+        z = alpha[s] * z_0 + rest[s] * eps
         if eta > 0:
-            z = z + variance.sqrt() * torch.randn_like(z)
+            z = z + fresh[s] * torch.randn_like(z)
     return z
 
 
@@ -82,15 +84,15 @@ def heun(
 ) -> Tensor:
     r"""Returns samples of :math:`z_0` by Heun's method, the explicit trapezoidal rule.
 
-    In the time :math:`h = \operatorname{arsinh}(\sigma / \alpha)` the flow has the velocity
+    In the time :math:`u = \operatorname{arsinh}(\sigma / \alpha)` the flow has the velocity
 
-    .. math:: v(z, t) = \frac{dz}{dh} = \frac{\alpha_t}{\sigma_t} \left( \alpha_t z -
+    .. math:: v(z, t) = \frac{dz}{du} = \frac{\alpha_t}{\sigma_t} \left( \alpha_t z -
         \hat z_0(z, t) \right),
 
     which is zero for a prior :math:`\mathcal{N}(0, I)`, and a step is
 
-    .. math:: z_s = z_t + (h_s - h_t) \frac{v(z_t, t) + v(\tilde z_s, s)}{2}, \qquad \tilde z_s =
-        z_t + (h_s - h_t) \, v(z_t, t) .
+    .. math:: z_s = z_t + h \, \frac{v(z_t, t) + v(\tilde z_s, s)}{2}, \qquad \tilde z_s =
+        z_t + h \, v(z_t, t), \qquad h = u_s - u_t .
 
     The last one, to clean latents, is :math:`\tilde z_0`. With :math:`n` steps there are :math:`2 n
     - 1` evaluations of the network, and :math:`2 n` if the chain starts at a finite log-SNR.
@@ -112,7 +114,8 @@ def heun(
     """
     prior, z, log_snr = begin(prior, num_samples, num_steps, grid)
     alpha, ratio = torch.sigmoid(log_snr).sqrt(), torch.exp(-log_snr / 2)
-    times, first = ratio.asinh(), prior.schedule.start
+    first, last = prior.schedule.start, int(log_snr[0].isinf().all())
+    alpha, ratio, h = (x.to(z) for x in (alpha, ratio, -ratio.asinh().diff(dim=0)))
 
     def velocity(z: Tensor, t: int) -> Tensor:
         # A chain that starts on the path has no step to its start, but a time there.
@@ -120,9 +123,9 @@ def heun(
 
     for t in range(prior.num_timesteps, 0, -1):
         s, v = t - 1, velocity(z, t)
-        z_s = z + (times[s] - times[t]) * v
-        if (ratio[s] > 0).all():
-            z_s = z + (times[s] - times[t]) * (v + velocity(z_s, s)) / 2
+        z_s = z + h[s] * v
+        if s >= last:
+            z_s = z + h[s] * (v + velocity(z_s, s)) / 2
         z = z_s
     return z
 
@@ -161,14 +164,15 @@ def dpm_solver(
     """
     prior, z, log_snr = begin(prior, num_samples, num_steps, grid)
     alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-    lengths = -log_snr.diff() / 2  # of the steps to s = 0, 1, ...
+    h = -log_snr.diff(dim=0) / 2
+    shrink, gain = sigma[:-1] / sigma[1:], -alpha[:-1] * torch.expm1(-h)
+    ahead = (h[:-1] / (2 * h[1:])).nan_to_num(posinf=0.0)  # not of a step to clean latents
+    shrink, gain, ahead = (x.to(z) for x in (shrink, gain, ahead))
     previous = None
     for t in range(prior.num_timesteps, 0, -1):
         s, z_0 = t - 1, prior.denoise(z, t, c)
-        h, estimate = lengths[s], z_0
-        if previous is not None and (sigma[s] > 0).all():
-            estimate = z_0 + h / (2 * lengths[t]) * (z_0 - previous)
-        z = sigma[s] / sigma[t] * z - alpha[s] * torch.expm1(-h) * estimate
+        estimate = z_0 if previous is None else z_0 + ahead[s] * (z_0 - previous)
+        z = shrink[s] * z + gain[s] * estimate
         previous = z_0
     return z
 
@@ -176,11 +180,7 @@ def dpm_solver(
 def begin(
     prior: Prior, num_samples: int, num_steps: int | None, grid: str
 ) -> tuple[DiffusionPrior, Tensor, Tensor]:
-    r"""Returns the prior on a grid, samples of :math:`z_T`, and the log-SNR of the grid.
-
-    The log-SNR is in float64 and on the CPU: its entries are numbers to the latents, wherever and
-    in whatever dtype these are.
-    """
+    r"""Returns the prior on a grid, samples of :math:`z_T`, and the log-SNR in float64."""
     check_whole("num_samples", num_samples)
     prior = on_grid(prior, num_steps, grid)
     z_T = prior.standard_normal().expand([num_samples]).sample()
