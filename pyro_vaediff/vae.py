@@ -1,7 +1,7 @@
 r"""The variational autoencoder, as a pair of Pyro programs.
 
 .. math::
-    \text{model:} \quad & z_0 \sim p(z_0), \quad x \sim p_\theta(x | z_0) & \quad (15) \\
+    \text{model:} \quad & z_0 \sim p(z_0), \quad x \sim p_\theta(x | z_0) & \quad (1) \\
     \text{guide:} \quad & z_0 \sim q_\psi(z_0 | x)
 """
 

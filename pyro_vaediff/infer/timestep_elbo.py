@@ -30,7 +30,7 @@ CONDITIONINGS = ("z_0", "x")
 class Timestep_ELBO(TraceKL_ELBO):
     r"""The ELBO of programs with diffusion priors, from :math:`k` timesteps per datum.
 
-    Given :math:`z_0`, the bound is equation (11) with its sign corrected,
+    Given :math:`z_0`, the bound is equation (17) with the terms of (11) for the chain,
 
     .. math::
         -\mathrm{ELBO} = E_q \Big[ & -\log p(x | z_0) + \log q(z_0 | x)
