@@ -188,7 +188,7 @@ def of_weights(prior: Prior | None, elbo: ELBO | None = None) -> Audit:
     :func:`importance_weighted_bound`."""
     elbo, of = Trace_ELBO(num_particles=64) if elbo is None else elbo, described(prior)
     if type(elbo) in SAMPLED:
-        return of_samples(of, elbo.num_particles)
+        return of_samples(of, num_samples=elbo.num_particles)
     scaled = isinstance(elbo, Reweighted)
     return entry("scaled weights" if scaled else "log-mean-exp of noisy bounds", of)
 
@@ -204,13 +204,12 @@ def of_likelihood(
     r"""Returns what :func:`log_likelihood` is."""
     if log_prior == "chain" and isinstance(prior, DiffusionPrior):
         steps = options.get("num_steps")
-        of, others = described(prior.chain if steps is None else prior.with_steps(steps)), ()
-    else:
-        of, *others = of_density(prior, **options)
-    return of_samples(of, num_samples, *others)
+        chain = prior.chain if steps is None else prior.with_steps(steps)
+        return of_samples(described(chain), num_samples=num_samples)
+    return of_samples(*of_density(prior, **options), num_samples=num_samples)
 
 
-def of_samples(of: str, num_samples: int, *others: str) -> Audit:
+def of_samples(of: str, *others: str, num_samples: int) -> Audit:
     samples = f"from {count(num_samples, 'sample')} per datum"
     return entry("importance-weighted bound", of, *others, samples)
 

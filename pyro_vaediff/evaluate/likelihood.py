@@ -149,7 +149,7 @@ def log_weights(
     check_whole("batch_size", batch_size)
     check_choice("log_prior", log_prior, LOG_PRIORS)
     is_chain = log_prior == "chain" and isinstance(vae.prior, DiffusionPrior)
-    log_prob = chain_log_weight if is_chain else prior_log_prob
+    log_prob: Callable[..., Tensor] = chain_log_weight if is_chain else prior_log_prob
     q_z0, B, n = posterior(vae, x, c), len(x), min(num_samples, max(1, batch_size // len(x)))
     copies = [None if v is None else v.expand(n, *v.shape).flatten(0, 1) for v in (x, c)]
 
