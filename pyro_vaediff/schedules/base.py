@@ -21,7 +21,7 @@ class Schedule(Path):
 
     Between the times :math:`\tau_t = t / T`, :math:`\log \bar\alpha` is interpolated linearly, so
     that the path of the diffusion is known at every time. A subclass that knows more overrides
-    :meth:`forward`.
+    :meth:`~pyro_vaediff.schedules.Path.forward`.
 
     Arguments:
         betas: The variances :math:`\beta_1, \dots, \beta_T` in :math:`(0, 1)`, with shape
