@@ -61,7 +61,7 @@ def ancestral(
         num_samples: The number of samples :math:`N`.
         num_steps: The number of steps of a diffusion prior, or ``None`` for the program as it is.
         c: The context, with shape :math:`(N, *)`.
-        grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.GRIDS`.
+        grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.grids.GRIDS`.
 
     Returns:
         The latents, with shape :math:`(N, *\mathrm{event})`.
@@ -101,7 +101,7 @@ def sample(
             ``"ancestral"``, their program.
         num_steps: The number of steps of a diffusion prior, by default those of its own grid,
             which :meth:`~pyro_vaediff.priors.DiffusionPrior.with_steps` sets to any times.
-        grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.GRIDS`.
+        grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.grids.GRIDS`.
 
     Returns:
         The latents, with shape :math:`(N, *\mathrm{event})`.

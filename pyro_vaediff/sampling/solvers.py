@@ -49,7 +49,7 @@ def ddim(
         eta: The stochasticity :math:`\eta`: 0 is deterministic given :math:`z_T`, and 1 is the
             ancestral sampler with variances :math:`\tilde\beta`.
         c: The context, with shape :math:`(N, *)`.
-        grid: Where the steps are, one of :data:`~pyro_vaediff.sampling.GRIDS`.
+        grid: Where the steps are, one of :data:`~pyro_vaediff.sampling.grids.GRIDS`.
 
     Returns:
         The latents, with shape :math:`(N, *\mathrm{event})`.
@@ -102,7 +102,7 @@ def heun(
         num_samples: The number of samples :math:`N`.
         num_steps: The number of steps, or ``None`` for those of the prior's own grid.
         c: The context, with shape :math:`(N, *)`.
-        grid: Where the steps are, one of :data:`~pyro_vaediff.sampling.GRIDS`.
+        grid: Where the steps are, one of :data:`~pyro_vaediff.sampling.grids.GRIDS`.
 
     Returns:
         The latents, with shape :math:`(N, *\mathrm{event})`.
@@ -152,7 +152,7 @@ def dpm_solver(
         num_samples: The number of samples :math:`N`.
         num_steps: The number of steps, or ``None`` for those of the prior's own grid.
         c: The context, with shape :math:`(N, *)`.
-        grid: Where the steps are, one of :data:`~pyro_vaediff.sampling.GRIDS`.
+        grid: Where the steps are, one of :data:`~pyro_vaediff.sampling.grids.GRIDS`.
 
     Returns:
         The latents, with shape :math:`(N, *\mathrm{event})`.
