@@ -1,0 +1,187 @@
+r"""The numbers of a run: bounds by reverse variance, distances by sampler."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vaediff.denoise import REVERSE_VARIANCES, Beta, BetaTilde, Denoiser, ReverseVariance
+from pyro_vaediff.evaluate import (
+    Extractor,
+    FeatureStatistics,
+    evaluate,
+    image_statistics,
+    load_extractor,
+    preprocess,
+    reference_statistics,
+)
+from pyro_vaediff.files import write_csv
+from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.sampling import GRIDS, num_evaluations, point, sample
+from pyro_vaediff.sampling.samplers import check_diffusion
+from pyro_vaediff.train.report import pixel_space
+from pyro_vaediff.train.runs import load_data, load_vae
+
+Row = dict[str, Any]
+Fit = Callable[[DiffusionPrior, Tensor], DiffusionPrior]
+Job = tuple[Row, Callable[[], float]]
+KEY = ("measure", "name", "grid", "budget")  # of a number
+COLUMNS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("measure", "name", "grid"), str),
+    **dict.fromkeys(("budget", "steps", "evaluations"), int),
+    **dict.fromkeys(("value", "seconds"), float),
+}
+NUM_FIT = 1000  # training images whose latents a variance may be fitted to
+
+
+class OtherVariance(Denoiser):
+    r"""A trained denoiser with another variance and the same mean."""
+
+    other: ReverseVariance
+
+    def step(self, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+        variance = self.other(*self.schedule.variances(t, s))
+        return super().step(t, s) | {"sigmas": variance.sqrt()}
+
+
+def with_variance(name: str, prior: DiffusionPrior, z_0: Tensor) -> DiffusionPrior:
+    r"""Returns a prior with a fixed variance in place of the fixed one that it was trained with."""
+    times = prior.schedule.original("times")
+    new = prior.with_steps(times)
+    new.denoiser.__class__ = OtherVariance
+    new.denoiser.other = REVERSE_VARIANCES[name]()  # type: ignore[assignment]  # now it has one
+    return new.with_steps(times)
+
+
+VARIANCES: dict[str, Fit] = {name: partial(with_variance, name) for name in ("beta", "beta_tilde")}
+
+
+def variances(prior: DiffusionPrior) -> dict[str, Fit]:
+    r"""Returns the reverse variances that a trained prior can have, its own one first."""
+    trained = type(prior.denoiser.variance)
+    name = next(name for name, kind in REVERSE_VARIANCES.items() if kind is trained)
+    others = VARIANCES if trained in (Beta, BetaTilde) else {}
+    return {name: lambda prior, z_0: prior} | {n: f for n, f in others.items() if n != name}
+
+
+class Study:
+    r"""The numbers of a run, in a table that is written after each of them.
+
+    Arguments:
+        path: The run directory.
+        args: The options.
+    """
+
+    def __init__(self, path: Path, args: argparse.Namespace):
+        self.args, self.name = args, path.resolve().name
+        self.vae, config = load_vae(path, args.device)
+        self.prior = check_diffusion(self.vae.prior)
+        if config.num_classes:
+            raise ValueError(f"{path} was trained with labels: choose a run without")
+        self.data = load_data(path, args.root, not args.no_download)
+        self.table, self.rows = args.out / f"{self.name}.csv", []
+        if self.table.exists():
+            with open(self.table, newline="") as file:
+                self.rows = [parse(self.table, row) for row in csv.DictReader(file)]
+
+    def run(self) -> None:
+        r"""Computes what is missing."""
+        known = {tuple(row[k] for k in KEY) for row in self.rows}
+        for row, measure in (*self.bounds(), *self.distances()):
+            if tuple(row[k] for k in KEY) not in known:
+                start = time.perf_counter()
+                value = measure()
+                self.rows.append(row | {"value": value, "seconds": time.perf_counter() - start})
+                write_csv(self.table, self.rows)
+                print(f"{self.name}:", *(show(x) for x in self.rows[-1].values()), flush=True)
+
+    def bounds(self) -> Iterator[Job]:
+        r"""Yields what is to be known of bounds, and functions that compute it."""
+        torch.manual_seed(self.args.seed)
+        with torch.no_grad():
+            z_0 = self.vae.encoder(preprocess(self.vae, self.data.train[:NUM_FIT])).sample()
+        for name, fit in variances(self.prior).items():
+            prior = fit(self.prior, z_0)
+            for grid, n in itertools.product(self.args.grids, self.args.steps):
+                row = {"measure": "nats", "name": name, "grid": grid, "budget": n, "steps": n}
+                yield row | {"evaluations": n}, partial(self.bound, prior, grid, n)
+
+    def bound(self, prior: DiffusionPrior, grid: str, num_steps: int) -> float:
+        r"""Returns the negative ELBO of test images with other steps, in nats per image."""
+        batches = self.data.test[: self.args.num_images].split(100)
+        try:
+            self.vae.prior = prior.with_steps(GRIDS[grid](prior, num_steps))
+            # A seed per batch gives all chains the same z_0.
+            sums = [
+                len(x) * sum(evaluate(self.vae, x, seed=self.args.seed + i).values())
+                for i, x in enumerate(batches)
+            ]
+        finally:
+            self.vae.prior = self.prior
+        return sum(sums) / sum(map(len, batches))
+
+    def distances(self) -> Iterator[Job]:
+        r"""Yields what is to be known of distances, and functions that compute it."""
+        T = self.prior.num_timesteps
+        whole = {"measure": "distance", "name": "ancestral", "grid": "time", "budget": T}
+        yield whole | {"steps": T, "evaluations": T}, partial(self.distance, "ancestral", "time", T)
+        options = self.args.samplers, self.args.grids, self.args.evaluations
+        for name, grid, budget in itertools.product(*options):
+            steps = largest(self.prior, name, budget)
+            if steps and budget != T:
+                row = {"measure": "distance", "name": name, "grid": grid, "budget": budget}
+                row |= {"steps": steps, "evaluations": num_evaluations(self.prior, name, steps)}
+                yield row, partial(self.distance, name, grid, steps)
+
+    @functools.cached_property
+    def extractor(self) -> Extractor:
+        r"""The features of the distances."""
+        name = self.args.features
+        if name == "auto":
+            name = "pixels" if self.data.name == "digits" else "efficientnet-lite0"
+        return load_extractor(name, device=self.args.device)
+
+    @functools.cached_property
+    def reference(self) -> FeatureStatistics:
+        r"""The statistics of test images."""
+        images, cache = self.data.test[: self.args.num_samples], self.args.out / "statistics"
+        return reference_statistics(
+            images, self.extractor, levels=self.data.levels, cache_dir=cache
+        )
+
+    @torch.no_grad()
+    def distance(self, sampler: str, grid: str, num_steps: int) -> float:
+        r"""Returns the Fréchet distance of samples to test images."""
+        torch.manual_seed(self.args.seed)  # of the noise, which samplers without any share
+        z_0 = sample(self.prior, self.args.num_samples, None, sampler, num_steps, grid)
+        space = pixel_space(self.vae)
+        images = (space.to_unit(point(self.vae.decoder(z))) for z in z_0.split(100))
+        return image_statistics(images, self.extractor).distance(self.reference)
+
+
+def largest(prior: DiffusionPrior, sampler: str, budget: int) -> int:
+    r"""Returns the largest number of steps that a sampler makes with so many evaluations."""
+    steps = range(budget, 0, -1)
+    return next((n for n in steps if num_evaluations(prior, sampler, n) <= budget), 0)
+
+
+def parse(path: Path, row: dict[str, str]) -> Row:
+    r"""Returns a row of a table with its numbers."""
+    try:
+        return {name: kind(row[name]) for name, kind in COLUMNS.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, mend or remove it: no number in {row}") from error
+
+
+def show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

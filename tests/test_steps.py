@@ -1,0 +1,110 @@
+r"""The study of fewer steps: its variances, and runs of the script."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+
+import pytest
+import torch
+from scripts import EXPERIMENTS, call, script_errors
+from torch import nn
+
+from pyro_vaediff import DiffusionPrior
+from pyro_vaediff.evaluate import evaluate
+from pyro_vaediff.nn import ResidualMLP
+from pyro_vaediff.train.runs import load_data, load_vae
+
+TINY = ("--steps", "9", "3", "--num-images", "30", "--num-samples", "20")
+
+
+@pytest.fixture
+def numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module("few_steps.numbers")
+
+
+@pytest.mark.parametrize("trained", ["beta", "beta_tilde", "learned"])
+def test_another_variance_has_the_same_mean(numbers, device, trained):
+    torch.manual_seed(0)
+    outputs = 2 if trained == "learned" else 1
+    net = ResidualMLP(2, width=4, num_outputs=outputs)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    prior = DiffusionPrior(2, 9, backbone=net, reverse_variance=trained).double().to(device)
+    found = numbers.variances(prior)
+    names = ["learned"] if outputs == 2 else ["beta", "beta_tilde"]
+    assert next(iter(found)) == trained and set(found) == set(names)
+    z = torch.randn(5, 2, dtype=torch.float64, device=device)
+    for name, fit in found.items():
+        few = fit(prior, z).with_steps(3)
+        for t in (1, 2, 3):
+            p, q = few.reverse(z, t), prior.with_steps(3).reverse(z, t)
+            torch.testing.assert_close(p.mean, q.mean, atol=1e-10, rtol=0)
+            if outputs == 1:
+                use_tilde = name == "beta_tilde" and t > 1
+                table = few.schedule.betas_tilde if use_tilde else few.schedule.betas
+                variance = table[t].expand(5, 2)
+                torch.testing.assert_close(p.variance, variance, atol=1e-10, rtol=0)
+            else:
+                torch.testing.assert_close(p.variance, q.variance, atol=1e-10, rtol=0)
+        assert prior.denoiser.variance is few.denoiser.variance
+
+
+@pytest.fixture(scope="module")
+def out(device_name, tmp_path_factory):
+    r"""A run directory."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    options = {"epochs": 1, "limit": 60, "latent-dim": 2, "width": 4, "num-timesteps": 9}
+    options |= {"features": "none", "out": out, "device": device_name}
+    call("run.py", *(word for name, value in options.items() for word in (f"--{name}", value)))
+    return out
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_and_more_of_it(out, device, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    steps = importlib.import_module("steps")
+    options = [str(out), *TINY, "--device", str(device), "--out", str(tmp_path)]
+    steps.main([*options, "--evaluations", "4", "--grids", "time", "--samplers", "heun"])
+    first = rows(tmp_path / "tiny.csv")
+    assert [(row["name"], row["steps"], row["evaluations"]) for row in first] == [
+        *((name, n, n) for name in ("beta", "beta_tilde") for n in ("9", "3")),
+        ("ancestral", "9", "9"),
+        ("heun", "2", "3"),
+    ]
+    vae, _ = load_vae(out, device)
+    exact = sum(evaluate(vae, load_data(out).test[:30]).values())
+    assert float(first[0]["value"]) == pytest.approx(exact, rel=1e-5)
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+    capsys.readouterr()
+
+    monkeypatch.setattr(importlib.import_module("few_steps.numbers"), "evaluate", None)
+    more = ["--evaluations", "4", "1", "--grids", "time", "--samplers", "heun", "dpm-solver"]
+    steps.main([*options, *more])
+    second = rows(tmp_path / "tiny.csv")
+    assert second[: len(first)] == first
+    new = [(row["name"], row["budget"], row["steps"]) for row in second[len(first) :]]
+    assert new == [("heun", "1", "1"), ("dpm-solver", "4", "4"), ("dpm-solver", "1", "1")]
+    page = (tmp_path / "steps.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "| beta | time |" in page and "| dpm-solver | time |" in page
+    assert "Fréchet distance (features=pixels)" in page and "](tiny.png)" in page
+
+
+def test_what_a_study_refuses(out, device_name, tmp_path, monkeypatch, capsys):
+    error = script_errors(EXPERIMENTS / "steps.py", monkeypatch, capsys)
+    options = (out, *TINY, "--device", device_name, "--out", tmp_path)
+    (tmp_path / "tiny.csv").write_text("measure,name,grid,budget,value\nnats,beta,time,3,one\n")
+    assert "tiny.csv is damaged, mend or remove it: no number in" in error(*options)
+    (tmp_path / "tiny.csv").unlink()
+    (tmp_path / "settings.json").write_text('{"seed": 0}')
+    assert "was run with other settings, now there is num_images=30 in" in error(*options)
+    labels = tmp_path / "labels"
+    tiny = ("--epochs", 1, "--limit", 60, "--width", 4, "--num-timesteps", 9, "--features", "none")
+    call("run.py", *tiny, "--condition", "labels", "--out", labels, "--device", device_name)
+    assert "was trained with labels: choose a run without" in error(labels, *options[1:])
