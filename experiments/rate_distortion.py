@@ -162,7 +162,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.plot(*zip(*curve(rows, prior), strict=True), "o-", color=color, label=prior)
     for beta, (rate, distortion) in points(rows, str(rows[-1]["prior"])).items():
         where = (rate.mean, distortion.mean)
-        axes.annotate(f"β = {beta:g}", where, (6, 6), textcoords="offset points")
+        axes.annotate(f"β = {beta:g}", where, (-8, -14), textcoords="offset points", ha="right")
     axes.set_xlabel("rate (nats)")
     axes.set_ylabel("distortion (nats)")
     legend(axes)

@@ -35,7 +35,7 @@ def test_the_curve_is_the_mean_over_seeds_in_the_order_of_rates(script):
     assert (rate.mean, rate.standard_error, distortion.sd) == (5.0, pytest.approx(1.0), 0.0)
 
 
-def test_a_higher_weight_has_a_lower_rate_and_the_last_model_is_evaluated(script, tmp_path):
+def test_a_higher_weight_has_a_lower_rate(script):
     args = script.parse_args(["--epochs", "6", "--width", "8", "--latent-dim", "4"])
     data = load("digits", limit=300)
     low, high = (script.train("gaussian", beta, 0, data, args) for beta in (0.1, 10.0))
