@@ -81,6 +81,13 @@ class Crossings(TorchDispatchMode):
         ("importance", {"likelihood": "categorical"}, {"warmup": 3, "prior_lr": 1e-2}),
         ("importance", {"likelihood": "discretized-logistic"}, {"precision": "float64"}),
         ("importance", {"likelihood": "bernoulli", "denoiser": "mlp"}, {"clip_norm": None}),
+        ("importance", {"num_timesteps": "continuous"}, {}),
+        ("all", {"num_timesteps": "continuous"}, {}),
+        (
+            "loss-aware, given x",
+            {"num_timesteps": "continuous", "schedule": "learned-diagonal"},
+            {},
+        ),
         ("importance", {}, {"gaussian_epochs": 1}),
         ("importance", {}, {"epochs": 0, "prior_epochs": 1}),
     ],
