@@ -31,6 +31,7 @@ ESTIMATORS = {
     "particles": lambda: Timestep_ELBO(k=1, num_particles=2, vectorize_particles=True),
     "chain": TraceKL_ELBO,
 }
+CONTINUOUS = {"num_timesteps": "continuous"}
 
 
 @pytest.fixture
@@ -81,13 +82,9 @@ class Crossings(TorchDispatchMode):
         ("importance", {"likelihood": "categorical"}, {"warmup": 3, "prior_lr": 1e-2}),
         ("importance", {"likelihood": "discretized-logistic"}, {"precision": "float64"}),
         ("importance", {"likelihood": "bernoulli", "denoiser": "mlp"}, {"clip_norm": None}),
-        ("importance", {"num_timesteps": "continuous"}, {}),
-        ("all", {"num_timesteps": "continuous"}, {}),
-        (
-            "loss-aware, given x",
-            {"num_timesteps": "continuous", "schedule": "learned-diagonal"},
-            {},
-        ),
+        ("importance", CONTINUOUS, {}),
+        ("all", CONTINUOUS, {}),
+        ("loss-aware, given x", CONTINUOUS | {"schedule": "learned-diagonal"}, {}),
         ("importance", {}, {"gaussian_epochs": 1}),
         ("importance", {}, {"epochs": 0, "prior_epochs": 1}),
     ],

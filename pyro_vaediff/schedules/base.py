@@ -207,7 +207,9 @@ class Schedule(Path):
         if is_index(t) and not self.learned:
             alpha_bar, one_minus = self.alphas_cumprod, self.one_minus_alphas_cumprod
             return at_time(alpha_bar, t, event_dim), at_time(one_minus, t, event_dim)
-        log_alpha_bar = self.ready(self.log_alpha(self.time(t), self.time(0)), event_dim)
+        t = self.time(t)
+        start = self.original_on("times", t.device)[0]
+        log_alpha_bar = self.ready(self.log_alpha(t, start), event_dim)
         return log_alpha_bar.exp().to(self.betas), -torch.expm1(log_alpha_bar).to(self.betas)
 
     def beta(self, t: Times, s: Times | None = None, event_dim: int = 1) -> Tensor:
