@@ -546,7 +546,7 @@ LIBRARY = [
     ),
     (
         lambda it: make_vae(ModelConfig("gaussian", schedule="sqrt")),
-        "unknown schedule 'sqrt': choose one of linear, cosine",
+        "unknown schedule 'sqrt': choose one of linear, cosine, learned, learned-diagonal",
     ),
     (
         lambda it: make_vae(ModelConfig(networks="unet")),

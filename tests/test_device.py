@@ -31,6 +31,7 @@ ESTIMATORS = {
     "particles": lambda: Timestep_ELBO(k=1, num_particles=2, vectorize_particles=True),
     "chain": TraceKL_ELBO,
 }
+CONTINUOUS = {"num_timesteps": "continuous"}
 
 
 @pytest.fixture
@@ -82,6 +83,9 @@ class Crossings(TorchDispatchMode):
         ("importance", {"likelihood": "discretized-logistic"}, {"precision": "float64"}),
         ("importance", {"likelihood": "bernoulli", "denoiser": "mlp"}, {"clip_norm": None}),
         ("importance", {"reverse_variance": "diagonal"}, {}),
+        ("importance", CONTINUOUS, {}),
+        ("all", CONTINUOUS, {}),
+        ("loss-aware, given x", CONTINUOUS | {"schedule": "learned-diagonal"}, {}),
         ("importance", {}, {"gaussian_epochs": 1}),
         ("importance", {}, {"epochs": 0, "prior_epochs": 1}),
     ],

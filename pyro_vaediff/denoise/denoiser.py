@@ -172,15 +172,15 @@ class Denoiser(nn.Module):
 
     def coefficients(self, t: Times, s: Times | None) -> Callable[[str], Tensor]:
         r"""Returns a function from the names of tables to their entries, ready for latents."""
-        if self.schedule.learned and is_index(t):
-            t = self.schedule.time(t)
         if is_index(t) and s is None:
             if isinstance(t, int) and t < 1:
                 raise ValueError(f"t must be from 1 to T = {self.schedule.num_timesteps}, got {t}")
-            return lambda name: at_time(getattr(self.kernel, name), t, self.event_dim)
+            if not self.schedule.learned:
+                return lambda name: at_time(getattr(self.kernel, name), t, self.event_dim)
+            s = t - 1
         like = self.kernel.skips
         ends = (t, self.before(t) if s is None else s)
-        grid = self.schedule.original("times").to(like.device)
+        grid = self.schedule.original_on("times", like.device)
         later, earlier = (
             grid[u] if is_index(u) else torch.as_tensor(u, dtype=torch.float64, device=like.device)
             for u in ends

@@ -55,7 +55,7 @@ class Schedule(Path):
 
     def __init__(self, betas: Any):
         super().__init__(betas)
-        self.discretize(torch.linspace(0, 1, len(self._path), dtype=torch.float64))
+        self.discretize(torch.linspace(0, 1, len(self.original("path")), dtype=torch.float64))
 
     def variances(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns the variances of :math:`q(z_t | z_s)` and of :math:`q(z_s | z_t, z_0)`.
@@ -207,7 +207,9 @@ class Schedule(Path):
         if is_index(t) and not self.learned:
             alpha_bar, one_minus = self.alphas_cumprod, self.one_minus_alphas_cumprod
             return at_time(alpha_bar, t, event_dim), at_time(one_minus, t, event_dim)
-        log_alpha_bar = self.ready(self.log_alpha(self.time(t), self.time(0)), event_dim)
+        t = self.time(t)
+        start = self.original_on("times", t.device)[0]
+        log_alpha_bar = self.ready(self.log_alpha(t, start), event_dim)
         return log_alpha_bar.exp().to(self.betas), -torch.expm1(log_alpha_bar).to(self.betas)
 
     def beta(self, t: Times, s: Times | None = None, event_dim: int = 1) -> Tensor:
@@ -248,8 +250,10 @@ class Schedule(Path):
     def time(self, t: Times) -> Tensor:
         r"""Returns the times of indices or times, in float64."""
         if is_index(t):
-            grid = self.original("times")
-            return at_time(grid.to(t.device) if isinstance(t, Tensor) else grid, t, 0)
+            # The number of a learned path is computed where its parameters are.
+            device = t.device if isinstance(t, Tensor) else torch.device("cpu")
+            device = self.betas.device if self.learned else device
+            return at_time(self.original_on("times", device), t, 0)
         return torch.as_tensor(t, dtype=torch.float64)
 
     def position(self, log_snr: Tensor) -> Tensor:
@@ -280,7 +284,7 @@ class Schedule(Path):
                 are in the cell that ends at :math:`\tau_t`.
         """
         s = position.long().clamp(max=self.num_timesteps - 1)  # whatever its rounding
-        grid = self.original("times").to(position.device, non_blocking=True)
+        grid = self.original_on("times", position.device)
         return torch.lerp(grid[s], grid[s + 1], position - s), grid[s + 1] - grid[s]
 
     @property

@@ -83,6 +83,7 @@ class LogSNRSchedule(Schedule):
 
     def __init__(self, log_snr: Callable[[Tensor], Tensor], num_timesteps: int = 1000):
         Tables.__init__(self)
+        self._path = {}
         check_whole("num_timesteps", num_timesteps)
         self.function = log_snr
         self.discretize(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))

@@ -24,8 +24,11 @@ class Path(Tables):
     def __init__(self, betas: Any):
         super().__init__()
         # log alpha_t, the slopes of the path: its differences would be lost in its values
-        self._log_alphas = torch.log1p(-check_betas(betas))
-        self._path = F.pad(self._log_alphas.cumsum(0), (1, 0))
+        log_alphas = torch.log1p(-check_betas(betas))
+        self._path = {"log_alphas": log_alphas, "path": F.pad(log_alphas.cumsum(0), (1, 0))}
+
+    def original(self, name: str) -> Tensor:
+        return self._path[name] if name in self._path else super().original(name)
 
     def forward(self, t: Tensor) -> Tensor:
         r"""Returns the log-SNR :math:`\lambda(t)`.
@@ -37,7 +40,7 @@ class Path(Tables):
             The log-SNR, with shape :math:`(*)`.
         """
         step, part = self.locate(t)
-        path = self._path.to(t, non_blocking=True)
+        path = self.original_on("path", t.device).to(t)
         log_alpha_bar = torch.lerp(path[step], path[step + 1], part)
         return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
 
@@ -47,13 +50,13 @@ class Path(Tables):
         Arguments:
             t: Times in :math:`(0, 1]`, in float64 and with shape :math:`(*)`.
         """
-        log_alphas = self._log_alphas.to(t, non_blocking=True)
+        log_alphas = self.original_on("log_alphas", t.device).to(t)
         slope = len(log_alphas) * log_alphas[self.locate(t)[0]]  # of log alpha_bar
         return slope / torch.sigmoid(-self(t))
 
     def locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns the piece of the path that times are in, and the part of it that is passed."""
-        last = len(self._log_alphas) - 1
+        last = len(self._path["log_alphas"]) - 1
         position = t * (last + 1)
         nearest = position.round()  # a time of the grid is on it, whatever its rounding
         position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
@@ -68,6 +71,6 @@ class Path(Tables):
             s: The earlier times; the latents of time zero are clean.
         """
         (i, u), (j, v) = self.locate(t), self.locate(s)
-        slopes, path = (x.to(t, non_blocking=True) for x in (self._log_alphas, self._path))
+        slopes, path = (self.original_on(n, t.device).to(t) for n in ("log_alphas", "path"))
         across = slopes[i] * u + (path[i] - path[j + 1]) + slopes[j] * (1 - v)
         return torch.where(i == j, slopes[i] * (u - v), across)

@@ -55,12 +55,13 @@ class Tables(nn.Module):
     def __init__(self, tables: dict[str, Tensor] | None = None):
         super().__init__()
         self._originals: dict[str, Tensor] = {}
+        self._copies: dict[tuple[str, torch.device], Tensor] = {}
         if tables is not None:
             self.tabulate(tables)
 
     def tabulate(self, tables: dict[str, Tensor]) -> None:
         r"""Replaces the tables."""
-        self._originals = dict(tables)
+        self._originals, self._copies = dict(tables), {}
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
 
@@ -75,6 +76,13 @@ class Tables(nn.Module):
     def original(self, name: str) -> Tensor:
         r"""Returns a table in float64, on the CPU."""
         return self._originals[name]
+
+    def original_on(self, name: str, device: torch.device) -> Tensor:
+        r"""Returns a table in float64 on a device, to which it is copied once."""
+        key = name, device
+        if key not in self._copies:
+            self._copies[key] = self.original(name).to(device)
+        return self._copies[key]
 
 
 def check_betas(betas: Any) -> Tensor:
