@@ -7,7 +7,9 @@ import os
 import shutil
 
 import pytest
+import torch
 from evaluate import describe
+from PIL import Image
 from scripts import EXPERIMENTS, call, script_errors
 
 from pyro_vaediff.data import load
@@ -42,7 +44,15 @@ def test_the_numbers(run, device):
     expected = sum(evaluate(vae, data.test[:6]).values())
     assert part["negative_elbo"] == pytest.approx(expected, rel=1e-5)
     # Two samples, and a prior that is exact or is nearly N(0, I) after one epoch.
-    assert part["gap"] > -1 and part["standard_error"] > 0
+    assert part["gap"] > -1
+    values = torch.tensor(part["log_likelihoods"], dtype=torch.float64)
+    assert all(round(value, 4) == value for value in part["log_likelihoods"])
+    assert part["negative_log_likelihood"] == pytest.approx(-values.mean().item(), abs=1e-3)
+    assert part["standard_error"] == pytest.approx(values.std().item() / 6**0.5, rel=1e-3)
+    one, two = part["by_samples"]["1"], part["by_samples"]["2"]
+    assert one > two == pytest.approx(part["negative_log_likelihood"], abs=1e-4)
+    with Image.open(out / "likelihood.png") as image:
+        assert image.size == (1280, 720)
     surgeries = [results[name] for name in results if name.startswith("surgery")]
     assert len(surgeries) == (2 if "diffusion" in out.name else 1)
     for surgery in surgeries:
@@ -87,6 +97,19 @@ def test_nothing_is_done_twice_but_other_options_count(run, device_name):
     call("evaluate.py", *args)  # as the other tests expect it
 
 
+def test_the_density_of_the_flow(run, device_name, tmp_path):
+    out, twin = run[0], tmp_path / "twin"
+    shutil.copytree(out, twin)
+    results = json.loads((out / "evaluation.json").read_text())
+    options = ("--log-prior", "flow", "--batch-size", "4", "--device", device_name)
+    call("evaluate.py", twin, *TINY[:4], *TINY[-2:], *options)
+    part = json.loads((twin / "evaluation.json").read_text())["likelihood"]
+    is_diffusion, found = "diffusion" in out.name, (part.get("log_prior"), part.get("num_steps"))
+    assert found == (("flow", 10) if is_diffusion else (None, None))
+    changed = part["log_likelihoods"] != results["likelihood"]["log_likelihoods"]
+    assert changed or not is_diffusion
+
+
 def test_runs_are_compared_image_by_image(run, device_name, tmp_path):
     out, _ = run
     twin = tmp_path / "twin"
@@ -114,6 +137,8 @@ def error_of(monkeypatch, capsys):
         (["nowhere", "--num-images", "0"], "--num-images must be at least 1, got 0"),
         (["nowhere", "--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["nowhere", "--num-steps", "0"], "--num-steps must be at least 1, got 0"),
+        (["nowhere", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["nowhere", "--log-prior", "bound"], "invalid choice: 'bound'"),
         (["nowhere", "--surgery-images", "1"], "--surgery-images must be at least 2, got 1"),
         (["nowhere", "--device", "gpu"], "'gpu' is no device"),
     ],

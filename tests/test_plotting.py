@@ -13,6 +13,7 @@ from pyro_vaediff.plotting import (
     plot_elbo_terms,
     plot_history,
     plot_kl_by_timestep,
+    plot_log_likelihood,
     save_image_grid,
     save_reconstructions,
     save_strip,
@@ -178,6 +179,11 @@ def plots(path, device):
             1280,
             lambda: plot_history([history(1)[0] | {"epoch": e} for e in range(20)], path),
         ),
+        "estimates": (
+            1280,
+            lambda: plot_log_likelihood({k: -100 - 9 / k for k in (1, 2, 4, 5)}, path),
+        ),
+        "one estimate": (1280, lambda: plot_log_likelihood({1: 3.2}, path)),
     }
 
 
@@ -219,6 +225,12 @@ def test_waterfall_has_bars_in_proportion(tmp_path):
     top = 2 * h[2] - x[2]
     total = np.flatnonzero((picture[top + 10 : top + 20] == 0x59).all((0, 2)))
     assert total.min() == pytest.approx(x[0], abs=2) and total.max() == pytest.approx(h[0], abs=2)
+
+
+def test_the_last_estimate_is_compared_with_that_of_half_as_many(tmp_path):
+    plot_log_likelihood({1: -9.0, 2: -8.0, 4: -7.0, 5: -6.5}, tmp_path / "estimates.svg")
+    text = (tmp_path / "estimates.svg").read_text()
+    assert "−6.50 nats at K = 5" in text and "+1.50 since K = 2" in text
 
 
 def test_files_are_reproducible(tmp_path):
@@ -298,6 +310,15 @@ def test_broken_kls_raise(tmp_path, kl, match):
 def test_broken_terms_raise(tmp_path, terms, match):
     with pytest.raises(ValueError, match=match):
         plot_elbo_terms(terms, tmp_path / "terms.png")
+
+
+@pytest.mark.parametrize(
+    ("estimates", "match"),
+    [({}, "estimates must hold at least one"), ({1: float("nan")}, "estimates must be finite")],
+)
+def test_broken_estimates_raise(tmp_path, estimates, match):
+    with pytest.raises(ValueError, match=match):
+        plot_log_likelihood(estimates, tmp_path / "likelihood.png")
 
 
 @pytest.mark.parametrize(

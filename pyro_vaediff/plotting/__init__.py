@@ -11,7 +11,7 @@ References:
 """
 
 from .animation import Animation, animate
-from .charts import plot_elbo_terms, plot_history, plot_kl_by_timestep
+from .charts import plot_elbo_terms, plot_history, plot_kl_by_timestep, plot_log_likelihood
 from .images import save_image_grid, save_panels, save_reconstructions, save_strip
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "plot_elbo_terms",
     "plot_history",
     "plot_kl_by_timestep",
+    "plot_log_likelihood",
     "save_image_grid",
     "save_panels",
     "save_reconstructions",

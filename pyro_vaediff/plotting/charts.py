@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .style import BLACK, BLUE, COLORS, DASHES, FONT, GREY, VERMILLION, legend, slide, write
 
-__all__ = ["plot_elbo_terms", "plot_history", "plot_kl_by_timestep"]
+__all__ = ["plot_elbo_terms", "plot_history", "plot_kl_by_timestep", "plot_log_likelihood"]
 
 
 def plot_kl_by_timestep(
@@ -190,6 +190,41 @@ def plot_history(
     axes.set_xlabel("epoch", fontsize=FONT)
     axes.set_ylabel("−ELBO (nats per datum)", fontsize=FONT)
     legend(axes)
+    save(figure, path)
+
+
+def plot_log_likelihood(
+    estimates: Mapping[int, float],
+    path: str | Path,
+    title: str = "Importance-weighted log p(x) by the number of samples",
+) -> None:
+    r"""Plots importance-weighted estimates, and says by how much the last one is above that of half
+    as many samples: as far as it still rises, it is below :math:`\log p(x)`.
+
+    Arguments:
+        estimates: The estimates of :math:`\log p(x)` in nats per datum, by the number of samples.
+        path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
+        title: The title.
+
+    Raises:
+        ValueError: If there are no estimates, or one is not finite.
+    """
+    if not estimates:
+        raise ValueError("estimates must hold at least one number of samples, got none")
+    values = check_finite("estimates", torch.tensor(list(estimates.values())))
+    K = max(estimates)
+    label = f"{estimates[K]:,.2f} nats at K = {K:,}"
+    if smaller := [k for k in estimates if 2 * k <= K]:
+        half = max(smaller)
+        label += f"\n{estimates[K] - estimates[half]:+,.2f} since K = {half:,}"
+    figure, (axes,) = slide(title)
+    style: dict[str, Any] = {"color": BLUE, "marker": "o", "linewidth": 2.5}
+    axes.plot(list(estimates), values, label=label.replace("-", "−"), **style)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.set_xlabel("samples K per datum", fontsize=FONT)
+    axes.set_ylabel("log p(x) (nats per datum), from below", fontsize=FONT)
+    axes.legend(fontsize=FONT, frameon=False, loc="lower right")
     save(figure, path)
 
 
