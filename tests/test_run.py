@@ -168,7 +168,7 @@ def test_other_priors(run, tmp_path, prior):
         {"weighting": "simple", "timesteps": "uniform", "likelihood": "gaussian-pixel"},
         {"weighting": "paper", "timesteps": "all", "precision": "bf16"},
         {"condition": "labels"},
-        {"likelihood": "autoregressive", "window": 3, "precision": "bf16"},
+        {"likelihood": "autoregressive", "kernels": 3, "precision": "bf16"},
         {"conditioning": "x", "reverse_variance": "beta_tilde", "noise_log_snr": 3.0},
     ],
     ids=str,
