@@ -44,7 +44,7 @@ def make(name, shape, levels, device, batch_shape=(), **options):
     r"""Returns a likelihood of random weights and random features for it."""
     torch.manual_seed(0)
     pixel = make_likelihood(name, (1, *shape[1:]), levels)
-    options = {"num_features": F, "kernel_size": 3, "width": 12} | options
+    options = {"num_features": F, "kernel_sizes": (3, 3), "width": 12} | options
     likelihood = randomized(AutoregressiveLikelihood(pixel, shape[0], **options))
     features = torch.randn(*batch_shape, F, *shape[1:], dtype=torch.float64)
     return likelihood.to(device), features.to(device)
@@ -59,10 +59,10 @@ def every_image(name, shape, levels, device):
 # --- Probabilities ---
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("kernel_sizes", [(3,), (5, 1), (3, 3, 3)], ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_probabilities_sum_to_one(device, case, kernel_size):
-    likelihood, features = make(*case, device, (2,), kernel_size=kernel_size)
+def test_probabilities_sum_to_one(device, case, kernel_sizes):
+    likelihood, features = make(*case, device, (2,), kernel_sizes=kernel_sizes)
     p_x = likelihood(features)
     assert (p_x.batch_shape, p_x.event_shape) == ((2,), case[1])
     images = every_image(*case, device).unsqueeze(1)  # for both of the features
@@ -73,35 +73,56 @@ def test_probabilities_sum_to_one(device, case, kernel_size):
     assert (log_prob[:, 0] - log_prob[:, 1]).abs().max() > 0.2
 
 
-@pytest.mark.parametrize("num_layers", [0, 2])
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def walk(start, size, channels, strict=False):
+    r"""Returns the (channel, row, column) that a masked kernel sees, by its definition."""
+    c, i, j = start
+    reach = range(-(size // 2), size // 2 + 1)
+    before = [(i + di, j + dj) for di, dj in itertools.product(reach, reach) if (di, dj) < (0, 0)]
+    own = [(b, i, j) for b in range(c if strict else c + 1)]
+    return {(b, *pixel) for b in range(channels) for pixel in before} | set(own)
+
+
+def sees(start, kernel_sizes, channels):
+    r"""Returns the parts of the image, and the pixels of the features, that an output sees."""
+    first, *others = kernel_sizes
+    hidden = {start}
+    for size in others:
+        hidden = set().union(*(walk(h, size, channels) for h in hidden))
+    image = set().union(*(walk(h, first, channels, strict=True) for h in hidden))
+    return image, {(i, j) for _, i, j in hidden}
+
+
+@pytest.mark.parametrize("kernel_sizes", [(1,), (3,), (7, 1, 1), (3, 3), (1, 3, 1, 3)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_pixel_sees_its_window_and_nothing_else(device, channels, kernel_size, num_layers):
+def test_a_pixel_sees_its_receptive_field_and_nothing_else(device, channels, kernel_sizes):
     torch.manual_seed(0)
-    height, width, reach = 4, 6, kernel_size // 2
-    net = randomized(PixelCNN(channels, F, 2, kernel_size, 7, num_layers)).to(device)
-    x = torch.randn(1, channels, height, width, dtype=torch.float64, device=device)
-    told = torch.randn(1, F, height, width, dtype=torch.float64, device=device)
+    net = randomized(PixelCNN(channels, F, 2, kernel_sizes, width=7)).to(device)
+    shape = (4, 7)
+    x = torch.randn(1, channels, *shape, dtype=torch.float64, device=device)
+    told = torch.randn(1, F, *shape, dtype=torch.float64, device=device)
     of_x, of_told = torch.autograd.functional.jacobian(net, (x, told))
-    # From (C, M, H, W, C, H, W), which output depends on which input.
-    sees_x = (of_x.squeeze(5).squeeze(0) != 0).any(1)
-    sees_told = (of_told.squeeze(5).squeeze(0) != 0).any(1)
-    positions = list(itertools.product(range(channels), range(height), range(width)))
-    for (c, i, j), (b, k, m) in itertools.product(positions, positions):
-        before = (k, m) < (i, j) and i - k <= reach and abs(j - m) <= reach
-        own = (k, m) == (i, j) and b < c
-        assert sees_x[c, i, j, b, k, m] == (before or own), (c, i, j, b, k, m)
-        assert sees_told[c, i, j, 0, k, m] == ((k, m) == (i, j))
+    # From (1, C, M, H, W, 1, C, H, W), which output depends on which input.
+    of_x, of_told = ((d.squeeze(5).squeeze(0) != 0).any(1).cpu() for d in (of_x, of_told))
+    reach = sum(size // 2 for size in kernel_sizes)
+    assert net.reach == reach
+    for c, i, j in itertools.product(range(channels), *map(range, shape)):
+        image, features = sees((c, i, j), kernel_sizes, channels)
+        for b, k, m in itertools.product(range(channels), *map(range, shape)):
+            assert of_x[c, i, j, b, k, m] == ((b, k, m) in image)
+            if of_x[c, i, j, b, k, m]:
+                assert (k, m, b) < (i, j, c) and i - k <= reach and abs(j - m) <= reach
+        for k, m in itertools.product(*map(range, shape)):
+            assert (of_told[c, i, j, :, k, m] == ((k, m) in features)).all()
 
 
-def test_the_receptive_field_is_the_window():
-    for kernel_size, window in ((1, (1, 1)), (3, (2, 3)), (7, (4, 7))):
-        likelihood = make_likelihood("autoregressive", (1, 8, 8), kernel_size=kernel_size)
+def test_the_receptive_field_grows_with_each_kernel():
+    for sizes, window in (((1,), (1, 1)), ((7, 1, 1), (4, 7)), ((5, 3, 3, 3), (6, 11))):
+        likelihood = make_likelihood("autoregressive", (1, 8, 8), kernel_sizes=sizes)
         assert likelihood.receptive_field == window
 
 
-def test_a_window_of_one_is_the_factorized_likelihood(device):
-    likelihood, features = make("bernoulli", (1, 3, 4), 2, device, (5,), kernel_size=1)
+def test_without_a_window_pixels_are_independent(device):
+    likelihood, features = make("bernoulli", (1, 3, 4), 2, device, (5,), kernel_sizes=(1, 1))
     x = torch.randint(2, (5, 1, 3, 4), device=device).double()
     logits = likelihood.net(torch.zeros_like(x), features).squeeze(2)
     exact = BernoulliLikelihood((1, 3, 4))(logits).log_prob(x)
@@ -133,7 +154,7 @@ def test_samples_have_the_probabilities(device, case):
     assert scipy.stats.chisquare(observed, expected).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("kernel_size", [1, 5])
+@pytest.mark.parametrize("kernel_sizes", [(1,), (5,), (3, 3, 1, 5)], ids=str)
 @pytest.mark.parametrize(
     ("name", "shape", "levels"),
     [
@@ -143,8 +164,8 @@ def test_samples_have_the_probabilities(device, case):
         ("gaussian", (2, 3, 4), 256),
     ],
 )
-def test_samples_are_those_of_the_definition(device, name, shape, levels, kernel_size):
-    likelihood, features = make(name, shape, levels, device, (6,), kernel_size=kernel_size)
+def test_samples_are_those_of_the_definition(device, name, shape, levels, kernel_sizes):
+    likelihood, features = make(name, shape, levels, device, (6,), kernel_sizes=kernel_sizes)
     torch.manual_seed(1)
     samples = likelihood(features).sample()
     # Each channel of each pixel by itself, from the whole network's outputs for the whole image.
@@ -216,7 +237,9 @@ def test_expand_is_the_same_distribution(device):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_every_weight_that_is_not_masked_learns_in_svi(device, precision):
     torch.manual_seed(0)
-    likelihood = make_likelihood("autoregressive-mixture", (3, 8, 8), 17, kernel_size=3, width=6)
+    likelihood = make_likelihood(
+        "autoregressive-mixture", (3, 8, 8), 17, kernel_sizes=(3, 3), width=6
+    )
     decoder, shape = ConvDecoder(2, likelihood, width=4), (3, 8, 8)
     prior = DiffusionPrior(2, num_timesteps=10)
     vae = VAE(ConvEncoder(shape, 2, width=4), decoder, prior, likelihood.space(17)).to(device)
@@ -266,9 +289,9 @@ def test_validation_finds_images_of_another_x_space(device):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
-        ({"kernel_size": -1}, "kernel_size must be a whole number >= 1"),
-        ({"num_layers": -1}, "num_layers must be a whole number >= 0"),
+        ({"kernel_sizes": (5, 4)}, r"kernel_sizes must be odd, got \(5, 4\)"),
+        ({"kernel_sizes": (5, -1)}, "each number in kernel_sizes must be a whole number >= 1"),
+        ({"kernel_sizes": ()}, "kernel_sizes must have at least one dimension"),
         ({"num_features": 0}, "num_features must be a whole number >= 1"),
         (
             {"width": 2},

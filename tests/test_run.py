@@ -169,7 +169,7 @@ def test_other_priors(run, tmp_path, prior):
         {"weighting": "simple", "timesteps": "uniform", "likelihood": "gaussian-pixel"},
         {"weighting": "paper", "timesteps": "all", "precision": "bf16"},
         {"condition": "labels"},
-        {"likelihood": "autoregressive", "window": 3, "precision": "bf16"},
+        {"likelihood": "autoregressive", "kernels": 3, "precision": "bf16"},
         {"beta": 0.5, "tc_weight": 2.0},
         {"conditioning": "x", "reverse_variance": "beta_tilde", "noise_log_snr": 3.0},
         {"sampler": "dpm-solver", "sample_steps": 2},

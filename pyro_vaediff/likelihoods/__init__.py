@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from .autoregressive import AutoregressiveLikelihood
 from .base import Likelihood
@@ -76,7 +77,7 @@ LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
 def autoregressive(pixel: str) -> Callable[..., Likelihood]:
     r"""Returns how to make an autoregressive likelihood from the likelihood of one channel."""
 
-    def make(shape: Sequence[int], levels: int, **options: int) -> Likelihood:
+    def make(shape: Sequence[int], levels: int, **options: Any) -> Likelihood:
         channels, *sides = shape
         return AutoregressiveLikelihood(
             LIKELIHOODS[pixel]((1, *sides), levels), channels, **options
@@ -95,7 +96,7 @@ LIKELIHOODS |= AUTOREGRESSIVE
 
 
 def make_likelihood(
-    name: str, image_shape: Sequence[int], levels: int = 256, **options: int
+    name: str, image_shape: Sequence[int], levels: int = 256, **options: Any
 ) -> Likelihood:
     r"""Returns the likelihood of that name.
 
@@ -107,7 +108,7 @@ def make_likelihood(
             ``"autoregressive-mixture"`` and ``"autoregressive-categorical"``.
         image_shape: The shape :math:`(C, H, W)` of one image.
         levels: The number of levels that a pixel can take, at most 256.
-        options: The options of the likelihood, such as ``kernel_size`` of an
+        options: The options of the likelihood, such as ``kernel_sizes`` of an
             :class:`AutoregressiveLikelihood`.
 
     Raises:

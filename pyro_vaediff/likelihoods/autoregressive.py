@@ -33,9 +33,9 @@ class AutoregressiveLikelihood(Likelihood):
         pixel: The likelihood of one channel, for images of shape :math:`(1, H, W)`.
         num_channels: The number of channels :math:`C` of an image.
         num_features: The number of features per pixel, which are the maps of the decoder.
-        kernel_size: The side of the square, odd, whose upper half is the window; 1 for none.
-        width: The number of hidden channels of the network.
-        num_layers: The number of its residual layers.
+        kernel_sizes: The sides of the kernels of the network, odd, which make the window: of its
+            first convolution, then of a residual layer each.
+        width: The number of its hidden channels.
 
     Raises:
         ValueError: If an argument is not as above.
@@ -61,9 +61,8 @@ class AutoregressiveLikelihood(Likelihood):
         pixel: Likelihood,
         num_channels: int = 1,
         num_features: int = 8,
-        kernel_size: int = 7,
+        kernel_sizes: Sequence[int] = (5, 3, 3, 3),
         width: int = 32,
-        num_layers: int = 2,
     ):
         if pixel.image_shape[0] != 1:
             raise ValueError(
@@ -72,13 +71,11 @@ class AutoregressiveLikelihood(Likelihood):
         super().__init__((num_channels, *pixel.image_shape[1:]), maps_per_channel=1)
         self.num_maps = num_features
         self.pixel = pixel
-        self.net = PixelCNN(
-            num_channels, num_features, pixel.num_maps, kernel_size, width, num_layers
-        )
+        self.net = PixelCNN(num_channels, num_features, pixel.num_maps, kernel_sizes, width)
 
     @property
     def receptive_field(self) -> tuple[int, int]:
-        r"""The height and width of the window, whose last row ends before the pixel."""
+        r"""The height and width that the window is within; its last row ends before the pixel."""
         return self.net.reach + 1, 2 * self.net.reach + 1
 
     def space(self, levels: int = 256) -> PixelSpace:
@@ -138,10 +135,10 @@ class AutoregressiveImages(TorchDistribution):
         C, H, W = self.event_shape
         reach = self.net.reach
         features = self.expanded(batch_shape).reshape(-1, *self.features.shape[-3:])
-        x = self.net.padded(features.new_zeros(len(features), C, H, W))
+        x = features.new_zeros(len(features), C, H, W)
+        x, features = self.net.padded(x, features)
         for i, j, c in product(range(H), range(W), range(C)):
-            window = x[..., i : i + reach + 1, j : j + 2 * reach + 1]
-            maps = self.net.inside(window, features[..., i : i + 1, j : j + 1])
+            maps = self.net.at(i, j, x, features)
             x[:, c, i + reach, j + reach] = self.channel(maps[:, c]).sample().flatten()
         return x[..., reach:, reach : reach + W].reshape(*batch_shape, C, H, W)
 

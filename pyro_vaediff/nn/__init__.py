@@ -18,7 +18,7 @@ from .ladder import LadderEncoder, LadderPosterior, LadderStep, check_latent_gro
 from .mlp import MLPDecoder, MLPEncoder, mlp
 from .noise_matched import NoiseMatched
 from .paper import paper_decoder, paper_encoder
-from .pixelcnn import MaskedConv2d, PixelCNN
+from .pixelcnn import MaskedConv2d, PixelCNN, check_kernel_sizes
 from .resnet import ResNetDecoder, ResNetEncoder, check_latent_shape
 from .scale import bounded_scale, upcast
 from .vectors import Head
@@ -50,6 +50,7 @@ __all__ = [
     "ViTBackbone",
     "bounded_scale",
     "check_image_size",
+    "check_kernel_sizes",
     "check_latent_groups",
     "check_latent_shape",
     "coupling_flow",

@@ -151,7 +151,7 @@ def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Modul
 
 def make_vae(config: ModelConfig) -> VAE:
     r"""Returns the VAE of a configuration, freshly initialized."""
-    options = {"kernel_size": config.window} if config.likelihood in AUTOREGRESSIVE else {}
+    options = {"kernel_sizes": config.kernels} if config.likelihood in AUTOREGRESSIVE else {}
     shape = tuple(config.image_shape)
     likelihood = make_likelihood(config.likelihood, shape, config.levels, **options)
     encoder, decoder = make_networks(config, likelihood)

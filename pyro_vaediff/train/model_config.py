@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..arguments import as_shape
 from ..denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
 from ..likelihoods import AUTOREGRESSIVE, LIKELIHOODS
-from ..nn import BACKBONES, FLOWS, check_latent_groups, check_latent_shape
+from ..nn import BACKBONES, FLOWS, check_kernel_sizes, check_latent_groups, check_latent_shape
 from ..priors import PRIORS
 from ..schedules import SCHEDULES
 from .options import Checked, choice, number, option, whole
@@ -44,10 +44,11 @@ class ModelConfig(Checked):
         "top", "which groups have the prior, the others being Gaussian", choice(("top", "every"))
     )
     likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
-    window: int = option(
-        7,
-        "side of the window of pixels that each pixel is given, odd; 1 for none",
-        number("odd and positive", lambda n: n > 0 and n % 2 == 1),
+    kernels: tuple[int, ...] = option(
+        (5, 3, 3, 3),
+        "sides of the masked kernels of an autoregressive likelihood, odd, a layer each",
+        check_kernel_sizes,
+        metavar="K",
         of={"likelihood": tuple(AUTOREGRESSIVE)},
     )
     networks: str = option(
