@@ -250,9 +250,8 @@ class Schedule(Path):
     def time(self, t: Times) -> Tensor:
         r"""Returns the times of indices or times, in float64."""
         if is_index(t):
-            # The number of a learned path is computed where its parameters are.
             device = t.device if isinstance(t, Tensor) else torch.device("cpu")
-            device = self.betas.device if self.learned else device
+            device = self.betas.device if self.learned else device  # where the parameters are
             return at_time(self.original_on("times", device), t, 0)
         return torch.as_tensor(t, dtype=torch.float64)
 

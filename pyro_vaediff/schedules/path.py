@@ -41,7 +41,7 @@ class Path(Tables):
         """
         step, part = self.locate(t)
         path = self.original_on("path", t.device).to(t)
-        log_alpha_bar = torch.lerp(path[step], path[step + 1], part)
+        log_alpha_bar = torch.lerp(path.take(step), path.take(step + 1), part)
         return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
 
     def slope(self, t: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Path(Tables):
             t: Times in :math:`(0, 1]`, in float64 and with shape :math:`(*)`.
         """
         log_alphas = self.original_on("log_alphas", t.device).to(t)
-        slope = len(log_alphas) * log_alphas[self.locate(t)[0]]  # of log alpha_bar
+        slope = len(log_alphas) * log_alphas.take(self.locate(t)[0])  # of log alpha_bar
         return slope / torch.sigmoid(-self(t))
 
     def locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,5 +72,7 @@ class Path(Tables):
         """
         (i, u), (j, v) = self.locate(t), self.locate(s)
         slopes, path = (self.original_on(n, t.device).to(t) for n in ("log_alphas", "path"))
-        across = slopes[i] * u + (path[i] - path[j + 1]) + slopes[j] * (1 - v)
-        return torch.where(i == j, slopes[i] * (u - v), across)
+        # Indexing by a single number would read it from the device.
+        slope, slope_s = slopes.take(i), slopes.take(j)
+        across = slope * u + (path.take(i) - path.take(j + 1)) + slope_s * (1 - v)
+        return torch.where(i == j, slope * (u - v), across)
