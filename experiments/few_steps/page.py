@@ -20,16 +20,13 @@ from .numbers import KEY, Row, Study
 def section(study: Study) -> list[str]:
     r"""Returns the part of the page that is a run's."""
     lines = [f"## {study.name}", ""]
-    for measure, text in (
-        (
-            "nats",
-            "Test −ELBO in nats, by reverse variance (the trained one first), grid and steps:",
-        ),
-        ("distance", f"{study.extractor.label}, by sampler, grid and evaluations at most:"),
+    for measure, digits, text in (
+        ("nats", 2, "Test −ELBO in nats, by reverse variance (the run's first), grid and steps:"),
+        ("distance", 3, f"{study.extractor.label}, by sampler, grid and evaluations at most:"),
     ):
         rows = [row for row in study.rows if row["measure"] == measure]
         budgets = sorted({row["budget"] for row in rows}, reverse=True)
-        found = {tuple(row[k] for k in KEY[1:]): number(row["value"], 2) for row in rows}
+        found = {tuple(row[k] for k in KEY[1:]): number(row["value"], digits) for row in rows}
         cells = [
             [*key, *(found.get((*key, n), "") for n in budgets)]
             for key in dict.fromkeys((row["name"], row["grid"]) for row in rows)
@@ -53,9 +50,11 @@ def plot(study: Study, path: Path) -> None:
         axes.set_xlabel("evaluations of the network", fontsize=FONT)
         axes.set_title(label, fontsize=FONT)
     panels[0].set_yscale("symlog", linthresh=1.0)
-    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].set_ylim(bottom=-1.0)
     panels[1].set_yscale("log")
-    panels[1].yaxis.set_major_formatter("{x:g}")
+    panels[1].yaxis.set_minor_formatter("{x:g}")
+    for axes in panels:
+        axes.yaxis.set_major_formatter("{x:g}")
     panels[1].axhline(longest, color=GREY, linestyle=":")
     write(path, (".png",), lambda file: figure.savefig(file, format="png"))
 
