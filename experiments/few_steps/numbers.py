@@ -59,7 +59,7 @@ def with_variance(name: str, prior: DiffusionPrior, z_0: Tensor) -> DiffusionPri
     times = prior.schedule.original("times")
     new = prior.with_steps(times)
     new.denoiser.__class__ = OtherVariance
-    new.denoiser.other = REVERSE_VARIANCES[name]()  # type: ignore[assignment]  # now it has one
+    new.denoiser.other = REVERSE_VARIANCES[name]()
     return new.with_steps(times)
 
 
