@@ -128,8 +128,12 @@ class Analytic(ReverseVariance):
 
     References:
         | Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion
-          Probabilistic Models (Bao et al., 2022), equation (8)
+          Probabilistic Models (Bao et al., 2022), Theorem 1, for the best mean
         | https://arxiv.org/abs/2201.06503
+
+        | Estimating the Optimal Covariance with Imperfect Mean in Diffusion Probabilistic Models
+          (Bao et al., 2022), for any mean
+        | https://arxiv.org/abs/2206.07309
     """
 
     fixed = False

@@ -6,9 +6,9 @@ any time to any other has a cost in closed form, and the grid of :math:`n` steps
 the least is a shortest path.
 
 References:
-    | Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion Probabilistic
-      Models (Bao et al., 2022)
-    | https://arxiv.org/abs/2201.06503
+    | Estimating the Optimal Covariance with Imperfect Mean in Diffusion Probabilistic Models
+      (Bao et al., 2022)
+    | https://arxiv.org/abs/2206.07309
 
     | Learning to Efficiently Sample from Diffusion Probabilistic Models (Watson et al., 2021)
     | https://arxiv.org/abs/2106.03802
