@@ -20,9 +20,9 @@ The folder ``--out`` then holds
 where NAME is that of the run directory. A number that is in a table is not computed again: a study
 goes on where it was stopped, and may be given more runs, samplers or numbers of steps.
 
-A reverse variance is an entry of ``few_steps.numbers.VARIANCES``, which makes a prior of a trained
-one and of latents of training images. A grid is an entry of ``pyro_vaediff.sampling.GRIDS``, a
-sampler one of ``pyro_vaediff.sampling.SAMPLERS``.
+The reverse variances are that of the run and the best ones for its mean, fitted to latents of
+training images, for which there is also the best grid. Other grids are entries of
+``pyro_vaediff.sampling.GRIDS``, samplers those of ``pyro_vaediff.sampling.SAMPLERS``.
 """
 
 from __future__ import annotations

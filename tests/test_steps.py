@@ -24,7 +24,7 @@ def numbers(monkeypatch):
     return importlib.import_module("few_steps.numbers")
 
 
-@pytest.mark.parametrize("trained", ["beta", "beta_tilde", "learned"])
+@pytest.mark.parametrize("trained", ["beta_tilde", "learned", "analytic"])
 def test_another_variance_has_the_same_mean(numbers, device, trained):
     torch.manual_seed(0)
     outputs = 2 if trained == "learned" else 1
@@ -33,22 +33,17 @@ def test_another_variance_has_the_same_mean(numbers, device, trained):
         nn.init.normal_(parameter, std=0.3)
     prior = DiffusionPrior(2, 9, backbone=net, reverse_variance=trained).double().to(device)
     found = numbers.variances(prior)
-    names = ["learned"] if outputs == 2 else ["beta", "beta_tilde"]
-    assert next(iter(found)) == trained and set(found) == set(names)
-    z = torch.randn(5, 2, dtype=torch.float64, device=device)
+    assert list(found) == [trained, "analytic, fitted", "diagonal, fitted"]
+    z = torch.randn(500, 2, dtype=torch.float64, device=device)
     for name, fit in found.items():
-        few = fit(prior, z).with_steps(3)
-        for t in (1, 2, 3):
-            p, q = few.reverse(z, t), prior.with_steps(3).reverse(z, t)
-            torch.testing.assert_close(p.mean, q.mean, atol=1e-10, rtol=0)
-            if outputs == 1:
-                use_tilde = name == "beta_tilde" and t > 1
-                table = few.schedule.betas_tilde if use_tilde else few.schedule.betas
-                variance = table[t].expand(5, 2)
-                torch.testing.assert_close(p.variance, variance, atol=1e-10, rtol=0)
-            else:
-                torch.testing.assert_close(p.variance, q.variance, atol=1e-10, rtol=0)
-        assert prior.denoiser.variance is few.denoiser.variance
+        fitted = fit(prior, z)
+        times = numbers.grids(fitted, ["time"], 3)
+        assert ("optimal" in times) == ("fitted" in name or trained == "analytic")
+        for grid in times.values():
+            few = fitted.with_steps(grid)
+            for t in (1, 2, 3):
+                p, q = few.reverse(z, t), prior.with_steps(grid).reverse(z, t)
+                torch.testing.assert_close(p.mean, q.mean, atol=1e-10, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +67,12 @@ def test_a_study_and_more_of_it(out, device, tmp_path, monkeypatch, capsys):
     options = [str(out), *TINY, "--device", str(device), "--out", str(tmp_path)]
     steps.main([*options, "--evaluations", "4", "--grids", "time", "--samplers", "heun"])
     first = rows(tmp_path / "tiny.csv")
-    assert [(row["name"], row["steps"], row["evaluations"]) for row in first] == [
-        *((name, n, n) for name in ("beta", "beta_tilde") for n in ("9", "3")),
-        ("ancestral", "9", "9"),
-        ("heun", "2", "3"),
+    fitted, best = ("analytic, fitted", "diagonal, fitted"), ("optimal", "3")
+    assert [tuple(row[k] for k in ("name", "grid", "steps", "evaluations")) for row in first] == [
+        *(("beta", "time", n, n) for n in "93"),
+        *((name, g, n, n) for name in fitted for g, n in (("time", "9"), ("time", "3"), best)),
+        ("ancestral", "time", "9", "9"),
+        ("heun", "time", "2", "3"),
     ]
     vae, _ = load_vae(out, device)
     exact = sum(evaluate(vae, load_data(out).test[:30]).values())

@@ -7,7 +7,7 @@ import csv
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vaediff.denoise import REVERSE_VARIANCES, Beta, BetaTilde, Denoiser, ReverseVariance
+from pyro_vaediff.denoise import REVERSE_VARIANCES, Analytic
 from pyro_vaediff.evaluate import (
     Extractor,
     FeatureStatistics,
@@ -26,14 +26,14 @@ from pyro_vaediff.evaluate import (
     reference_statistics,
 )
 from pyro_vaediff.files import write_csv
-from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.priors import DiffusionPrior, fit_variances, optimal_steps
 from pyro_vaediff.sampling import GRIDS, num_evaluations, point, sample
-from pyro_vaediff.sampling.samplers import check_diffusion
+from pyro_vaediff.sampling.solvers import check_diffusion
 from pyro_vaediff.train.report import pixel_space
 from pyro_vaediff.train.runs import load_data, load_vae
 
 Row = dict[str, Any]
-Fit = Callable[[DiffusionPrior, Tensor], DiffusionPrior]
+Fit = Callable[..., DiffusionPrior]
 Job = tuple[Row, Callable[[], float]]
 KEY = ("measure", "name", "grid", "budget")  # of a number
 COLUMNS: dict[str, Callable[[str], Any]] = {
@@ -44,34 +44,27 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
 NUM_FIT = 1000  # training images whose latents a variance may be fitted to
 
 
-class OtherVariance(Denoiser):
-    r"""A trained denoiser with another variance and the same mean."""
-
-    other: ReverseVariance
-
-    def step(self, t: Tensor, s: Tensor) -> dict[str, Tensor]:
-        variance = self.other(*self.schedule.variances(t, s))
-        return super().step(t, s) | {"sigmas": variance.sqrt()}
-
-
-def with_variance(name: str, prior: DiffusionPrior, z_0: Tensor) -> DiffusionPrior:
-    r"""Returns a prior with a fixed variance in place of the fixed one that it was trained with."""
-    times = prior.schedule.original("times")
-    new = prior.with_steps(times)
-    new.denoiser.__class__ = OtherVariance
-    new.denoiser.other = REVERSE_VARIANCES[name]()
-    return new.with_steps(times)
-
-
-VARIANCES: dict[str, Fit] = {name: partial(with_variance, name) for name in ("beta", "beta_tilde")}
+# What a prior can be made of latents of training images, beside what it is.
+FITTED: dict[str, Fit] = {
+    "analytic": fit_variances,
+    "diagonal": partial(fit_variances, per_dimension=True),
+}
 
 
 def variances(prior: DiffusionPrior) -> dict[str, Fit]:
     r"""Returns the reverse variances that a trained prior can have, its own one first."""
     trained = type(prior.denoiser.variance)
-    name = next(name for name, kind in REVERSE_VARIANCES.items() if kind is trained)
-    others = VARIANCES if trained in (Beta, BetaTilde) else {}
-    return {name: lambda prior, z_0: prior} | {n: f for n, f in others.items() if n != name}
+    own = next(name for name, kind in REVERSE_VARIANCES.items() if kind is trained)
+    fitted = {f"{name}, fitted": fit for name, fit in FITTED.items()}
+    return {own: lambda prior, z_0: prior} | fitted
+
+
+def grids(prior: DiffusionPrior, names: Sequence[str], num_steps: int) -> dict[str, Tensor]:
+    r"""Returns grids by name, and the best one for variances that are the best for the mean."""
+    times = {name: GRIDS[name](prior, num_steps) for name in names}
+    if isinstance(prior.denoiser.variance, Analytic) and num_steps < prior.num_timesteps:
+        times["optimal"] = optimal_steps(prior, num_steps)
+    return times
 
 
 class Study:
@@ -112,15 +105,16 @@ class Study:
             z_0 = self.vae.encoder(preprocess(self.vae, self.data.train[:NUM_FIT])).sample()
         for name, fit in variances(self.prior).items():
             prior = fit(self.prior, z_0)
-            for grid, n in itertools.product(self.args.grids, self.args.steps):
-                row = {"measure": "nats", "name": name, "grid": grid, "budget": n, "steps": n}
-                yield row | {"evaluations": n}, partial(self.bound, prior, grid, n)
+            for n in self.args.steps:
+                for grid, times in grids(prior, self.args.grids, n).items():
+                    row = {"measure": "nats", "name": name, "grid": grid, "budget": n, "steps": n}
+                    yield row | {"evaluations": n}, partial(self.bound, prior, times)
 
-    def bound(self, prior: DiffusionPrior, grid: str, num_steps: int) -> float:
+    def bound(self, prior: DiffusionPrior, times: Tensor) -> float:
         r"""Returns the negative ELBO of test images with other steps, in nats per image."""
         batches = self.data.test[: self.args.num_images].split(100)
         try:
-            self.vae.prior = prior.with_steps(GRIDS[grid](prior, num_steps))
+            self.vae.prior = prior.with_steps(times)
             # A seed per batch gives all chains the same z_0.
             sums = [
                 len(x) * sum(evaluate(self.vae, x, seed=self.args.seed + i).values())
