@@ -697,7 +697,7 @@ SCRIPTS = {
         ("{images}", r"no checkpoint at .*best\.pt"),
         ("{run} --num-images 0", "--num-images must be at least 1, got 0"),
         ("{run} --num-samples -1", "--num-samples must be at least 1, got -1"),
-        ("{run} --num-steps 5", "num_steps must be .* from 1 to T = 4, got 5"),
+        ("{run} --log-prior flow --num-steps 5", "num_steps must be .* from 1 to T = 4, got 5"),
         ("{run} --surgery-images 1", "--surgery-images must be at least 2, got 1"),
         ("{run} --seed -1", r"--seed must be a whole number in \[0, 2\^63\), got -1"),
         ("{run} --device tpu", "argument --device: 'tpu' is no device: use cpu or cuda"),

@@ -69,7 +69,7 @@ def test_what_is_printed(run):
     assert "log p(x) >= " in lines[1] and "(6 images, 2 samples)" in lines[1]
     # What each number is.
     is_diffusion = "diffusion" in out.name
-    of = "the probability flow with 4 steps" if is_diffusion else "the model with a "
+    of = "the chain of T = 4 steps" if is_diffusion else "the model with a "
     compared = "numbers of two models, " if is_diffusion else "two numbers of the same model"
     assert lines[2].startswith(f"        log p(x): an importance-weighted bound by {of}")
     assert lines[2].endswith(", from 2 samples per datum")

@@ -596,7 +596,7 @@ def error_of(monkeypatch, capsys):
 
 BAD_OPTIONS = {
     "nonsense": "no preset at ",
-    "no/such.toml": "no preset at no/such.toml: give the path of a .toml file, or ablation, cpu, ",
+    "no/such.toml": "no preset at no/such.toml: give the path of a .toml file, or ablation, ",
     "smoke --jobs 0": "--jobs must be at least 1, got 0",
     "smoke --seeds 0 0": "seeds must be a list of different integers >= 0, got [0, 0]",
     "smoke --root here": "--root must be NAME=PATH, got 'here'",

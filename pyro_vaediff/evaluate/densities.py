@@ -38,6 +38,7 @@ def prior_log_prob(
         ValueError: If the prior has neither.
 
     Example:
+        >>> import torch
         >>> from pyro_vaediff import GaussianPrior
         >>> prior_log_prob(GaussianPrior(2), torch.zeros(3, 2))
         tensor([-1.8379, -1.8379, -1.8379])
