@@ -105,7 +105,7 @@ def test_the_density_of_the_flow(run, device_name, tmp_path):
     call("evaluate.py", twin, *TINY[:4], *TINY[-2:], *options)
     part = json.loads((twin / "evaluation.json").read_text())["likelihood"]
     is_diffusion, found = "diffusion" in out.name, (part.get("log_prior"), part.get("num_steps"))
-    assert found == (("flow", 10) if is_diffusion else (None, None))
+    assert found == (("flow", 8) if is_diffusion else (None, None))
     changed = part["log_likelihoods"] != results["likelihood"]["log_likelihoods"]
     assert changed or not is_diffusion
 

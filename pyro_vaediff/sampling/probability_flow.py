@@ -41,7 +41,7 @@ __all__ = ["ProbabilityFlow"]
 Velocity = Callable[[Tensor, int], Tensor]
 # The Jacobians of a chunk of latents are made in that many parts, so that the network sees more
 # latents at once where there is nothing to differentiate.
-PARTS = 8
+PARTS = 16
 
 
 class ProbabilityFlow(dist.TorchDistribution):
