@@ -81,6 +81,7 @@ class Crossings(TorchDispatchMode):
         ("importance", {"likelihood": "categorical"}, {"warmup": 3, "prior_lr": 1e-2}),
         ("importance", {"likelihood": "discretized-logistic"}, {"precision": "float64"}),
         ("importance", {"likelihood": "bernoulli", "denoiser": "mlp"}, {"clip_norm": None}),
+        ("importance", {"likelihood": "autoregressive-mixture"}, {}),
         ("importance", {}, {"gaussian_epochs": 1}),
         ("importance", {}, {"epochs": 0, "prior_epochs": 1}),
     ],
