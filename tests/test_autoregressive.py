@@ -166,8 +166,10 @@ def test_samples_have_the_probabilities(device, case):
 )
 def test_samples_are_those_of_the_definition(device, name, shape, levels, kernel_sizes):
     likelihood, features = make(name, shape, levels, device, (6,), kernel_sizes=kernel_sizes)
+    p_x = likelihood(features)
+    assert p_x.support.event_dim == 3
     torch.manual_seed(1)
-    samples = likelihood(features).sample()
+    samples = p_x.sample()
     # Each channel of each pixel by itself, from the whole network's outputs for the whole image.
     torch.manual_seed(1)
     x, (channels, height, width) = torch.zeros_like(samples), shape

@@ -86,6 +86,7 @@ class Crossings(TorchDispatchMode):
         ("importance", CONTINUOUS, {}),
         ("all", CONTINUOUS, {}),
         ("loss-aware, given x", CONTINUOUS | {"schedule": "learned-diagonal"}, {}),
+        ("importance", {"likelihood": "autoregressive-mixture"}, {}),
         ("importance", {}, {"gaussian_epochs": 1}),
         ("importance", {}, {"epochs": 0, "prior_epochs": 1}),
     ],

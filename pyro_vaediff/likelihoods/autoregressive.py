@@ -21,7 +21,7 @@ __all__ = ["AutoregressiveImages", "AutoregressiveLikelihood"]
 class AutoregressiveLikelihood(Likelihood):
     r"""Pixels given the pixels before them in a window, and features of the latents.
 
-    .. math:: p_\theta(x \mid z_0) = \prod_i p_\theta(x_i \mid x_{W(i)}, f_i(z_0))
+    .. math:: p_\theta(x \mid z_0) = \prod_i p_\theta(x_i \mid x_{W(i)}, f(z_0))
 
     The maps of the decoder are the features :math:`f`. A :class:`~pyro_vaediff.nn.PixelCNN` sees
     them and a window :math:`W(i)` of the pixels before a pixel, and outputs the maps of another

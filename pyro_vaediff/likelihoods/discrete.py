@@ -54,6 +54,12 @@ class GridLikelihood(Likelihood):
         return GridSpace(levels)
 
 
+def smallest_scale(levels: int) -> float:
+    # With a scale of a tenth of half a bin, a bin holds up to 0.9999 of the mass. Below it the
+    # likelihood has nothing to gain, and the gradients grow without bound.
+    return 0.1 / (levels - 1)
+
+
 class DiscretizedLogisticLikelihood(GridLikelihood):
     r"""A discretized logistic per pixel and channel; the decoder outputs location and scale.
 
@@ -64,9 +70,7 @@ class DiscretizedLogisticLikelihood(GridLikelihood):
 
     def __init__(self, image_shape: Sequence[int], levels: int = 256):
         super().__init__(image_shape, maps_per_channel=2, levels=levels)
-        # With a scale of a tenth of half a bin, a bin holds up to 0.9999 of the mass. Below it
-        # the likelihood has nothing to gain, and the gradients grow without bound.
-        self.floor = 0.1 / (levels - 1)
+        self.floor = smallest_scale(levels)
 
     def _distribution(self, params: Tensor) -> TorchDistribution:
         loc, raw = params.chunk(2, dim=-3)
@@ -95,7 +99,7 @@ class LogisticMixtureLikelihood(GridLikelihood):
     def __init__(self, image_shape: Sequence[int], levels: int = 256, num_components: int = 5):
         check_whole("num_components", num_components)
         super().__init__(image_shape, maps_per_channel=3 * num_components, levels=levels)
-        self.floor = 0.1 / (levels - 1)  # as for a single one
+        self.floor = smallest_scale(levels)
 
     def _distribution(self, params: Tensor) -> TorchDistribution:
         maps = params.unflatten(-3, (3, -1, self.image_shape[0]))
