@@ -163,6 +163,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for beta, (rate, distortion) in points(rows, str(rows[-1]["prior"])).items():
         where = (rate.mean, distortion.mean)
         axes.annotate(f"β = {beta:g}", where, (-8, -14), textcoords="offset points", ha="right")
+    axes.margins(0.1)  # room for the weights
     axes.set_xlabel("rate (nats)")
     axes.set_ylabel("distortion (nats)")
     legend(axes)
