@@ -221,7 +221,7 @@ class ProbabilityFlow(dist.TorchDistribution):
         r"""Returns the velocity and its Jacobian."""
         # Each latent has its own velocity. Hence a direction that all of them share is one row of
         # all Jacobians at once, and the network sees batches as it always does.
-        v, pullback = torch.func.vjp(lambda z: velocity(z, t), z)
+        v, pullback = torch.func.vjp(lambda z: velocity(z, t), z)[:2]
         rows = torch.func.vmap(
             lambda direction: pullback(direction.expand_as(z))[0],
             out_dims=-2,
