@@ -7,9 +7,9 @@ For each run directory, on test images of its data set:
 - the importance-weighted log p(x), so that all priors are compared on the same number; beside it
   the negative ELBO of the same images, which says how much the bound leaves, and the differences
   between the runs, which must be of one data set. For a diffusion prior it is that of its chain in
-  100 steps, which takes the least time for the same standard error, or with ``--log-prior flow``
-  the exact one of its probability flow: models of their own, each with a likelihood. Below each
-  number there is what it is, as ``pyro_vaediff.evaluate.audit`` says it;
+  100 steps, which takes less time for the same standard error, or with ``--log-prior flow`` the
+  exact one of its probability flow: models of their own, each with a likelihood. Below each number
+  there is what it is, as ``pyro_vaediff.evaluate.audit`` says it;
 - ELBO surgery: the mean KL as the mutual information of x and z_0, and the KL divergence of the
   aggregate posterior from the prior; and the number of active units.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..diffusion import q_step
-from ..priors import DiffusionPrior, Prior
+from ..priors import Prior
 from ..sampling.probability_flow import ProbabilityFlow
 from ..sampling.solvers import check_diffusion
 
@@ -50,15 +50,15 @@ def prior_log_prob(
 
 
 def chain_log_weight(
-    prior: DiffusionPrior, z_0: Tensor, c: Tensor | None = None, num_steps: int | None = None
+    prior: Prior, z_0: Tensor, c: Tensor | None = None, num_steps: int | None = None
 ) -> Tensor:
-    r"""Returns the logarithm of an unbiased estimate of :math:`p(z_0)`, that of a diffusion
-    prior's chain, in nats.
+    r"""Returns the logarithm of an unbiased estimate of the :math:`p(z_0)` of a diffusion prior's
+    chain, in nats.
 
     .. math:: \log \frac{p(z_{0:T})}{q(z_{1:T} | z_0)}, \qquad z_{1:T} \sim q(z_{1:T} | z_0)
 
-    Its expectation is the chain's bound on :math:`\log p(z_0)`. Each of its values belongs inside a
-    log-mean-exp as one draw of all latents: the result is then a bound as well.
+    Its expectation is the bound of :func:`~pyro_vaediff.evaluate.chain_log_prob`. In an importance
+    weight it stands for :math:`\log p(z_0)`, as all latents are one draw: the result is a bound.
 
     Arguments:
         prior: The prior.
@@ -69,9 +69,19 @@ def chain_log_weight(
 
     Returns:
         The values, with shape :math:`(*)`.
+
+    Raises:
+        ValueError: If the prior is not a diffusion prior, or there is no chain of so many steps.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vaediff import DiffusionPrior
+        >>> chain_log_weight(DiffusionPrior(2), torch.zeros(3, 2), num_steps=25).shape
+        torch.Size([3])
     """
     prior = check_diffusion(prior)
-    prior = prior if num_steps is None else prior.with_steps(num_steps)
+    if num_steps is not None:
+        prior = prior.with_steps(num_steps)
     z, total = z_0, z_0.new_zeros(())
     for t in range(1, prior.num_timesteps + 1):
         q_t = q_step(prior.schedule, z, t, event_dim=prior.event_dim)
