@@ -49,8 +49,6 @@ def plot(study: Study, path: Path) -> None:
         axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("evaluations of the network", fontsize=FONT)
         axes.set_title(label, fontsize=FONT)
-    panels[0].set_yscale("symlog", linthresh=1.0)
-    panels[0].set_ylim(bottom=-1.0)
     panels[1].set_yscale("log")
     panels[1].yaxis.set_minor_formatter("{x:g}")
     for axes in panels:
