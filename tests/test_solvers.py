@@ -24,7 +24,13 @@ from pyro_vaediff.sampling import (
     num_evaluations,
     sample,
 )
-from pyro_vaediff.schedules import CosineSchedule, LinearSchedule, LogSNRSchedule, Schedule
+from pyro_vaediff.schedules import (
+    CosineSchedule,
+    LearnedSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    Schedule,
+)
 
 SOLVERS = {"ddim": ddim, "heun": heun, "dpm-solver": dpm_solver}
 ORDERS = {"ddim": 1, "heun": 2, "dpm-solver": 2}
@@ -49,9 +55,8 @@ def draw(prior, sampler, num_steps, grid="log-snr", n=50, **kwargs):
 
 def gaussian_prior(device, schedule):
     r"""A prior whose denoiser is exact for clean latents from N(M, S^2), at every time."""
-    prior = DiffusionPrior(
-        2, schedule.num_timesteps, schedule, ResidualMLP(2, width=4), preconditioning=True
-    ).double()
+    T = None if schedule.continuous else schedule.num_timesteps
+    prior = DiffusionPrior(2, T, schedule, ResidualMLP(2, width=4), preconditioning=True).double()
     moments = prior.denoiser.preconditioning
     with torch.no_grad():
         moments.mean.copy_(M)
@@ -99,12 +104,23 @@ def test_order_of_convergence(device, sampler, grid):
     assert abs(math.log2(coarse / fine) - ORDERS[sampler]) < 0.2
 
 
+def own_paths():
+    r"""A learned path for each dimension."""
+    schedule = LearnedSchedule((2,), num_timesteps=20)
+    with torch.no_grad():
+        schedule.function.low.copy_(torch.tensor([-6.0, -8.0]))
+        schedule.function.width.copy_(torch.tensor([9.0, 10.0]))
+        schedule.function.weight[0] += 3.0
+    return schedule
+
+
+@pytest.mark.parametrize("path", ["shared", "own"])
 @pytest.mark.parametrize("grid", ["log-snr", "karras"])
 @pytest.mark.parametrize("sampler", SOLVERS)
-def test_the_last_step_to_clean_latents(device, sampler, grid):
+def test_the_last_step_to_clean_latents(device, sampler, grid, path):
     # These grids have the first positive time of the prior's: the rest of the flow converges.
-    prior = gaussian_prior(device, CLEAN)
-    first, last = prior.schedule.original("log_snr")[[1, -1]]
+    prior = gaussian_prior(device, CLEAN if path == "shared" else own_paths())
+    first, last = prior.chain.schedule.original("log_snr")[[1, -1]].to(device)
     z_1 = gaussian_flow(noise(50, like=prior.origin), last, first)
     expected = z_0 = gaussian_mean(z_1, first)
     if sampler == "heun":
@@ -112,7 +128,7 @@ def test_the_last_step_to_clean_latents(device, sampler, grid):
         expected = z_1 - ratio.asinh() / ratio * (alpha * z_1 - z_0)
         assert (expected - z_0).abs().max() > 1e-3
     coarse, fine = errors(prior, sampler, grid, expected)
-    assert fine < {1: 0.05, 2: 0.002}[ORDERS[sampler]]
+    assert fine < {1: 0.1, 2: 0.002}[ORDERS[sampler]]
     assert abs(math.log2(coarse / fine) - ORDERS[sampler]) < 0.2
 
 
