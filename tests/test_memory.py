@@ -168,7 +168,8 @@ def peaks(*args):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 def test_exhaustive_evaluation_needs_as_much_memory_for_any_number_of_images():
-    first, last = peaks(500, 1000, 8, 8)
+    first, last = peaks(1000, 1000, 8, 8)
     assert last < 2e9
-    # The images themselves are there from the start. Five batches need what the first one did.
-    assert last - first < 30e6, (first, last)
+    # The images themselves are there from the start. A batch needs 90 to 160 MB, and the allocator
+    # may keep as much again: ten batches that are kept would be another 800 MB at least.
+    assert last - first < 300e6, (first, last)
