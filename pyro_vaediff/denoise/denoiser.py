@@ -98,9 +98,9 @@ class Denoiser(nn.Module):
             s: The earlier time(s), if ``t`` is no index; the step before an index by default.
             c: The context, with shape :math:`(B, F)`.
         """
-        net, *others = self.network(z, t, c)
-        kernel = self.coefficients(t, s)
-        scale = self.variance.scale(kernel, self.log_snr(t), others)
+        log_snr, kernel = self.log_snr(t), self.coefficients(t, s)
+        net, *others = self.network_at(z, log_snr, c)
+        scale = self.variance.scale(kernel, log_snr, others)
         return normal(kernel("skips") * z + kernel("gains") * net, scale, self.event_dim)
 
     def denoise(self, z: Tensor, t: Times, c: Tensor | None = None) -> Tensor:
@@ -138,9 +138,13 @@ class Denoiser(nn.Module):
 
     def network(self, z: Tensor, t: Times, c: Tensor | None = None) -> tuple[Tensor, ...]:
         r"""Returns the outputs of the network, in full precision also under autocast."""
+        return self.network_at(z, self.log_snr(t), c)
+
+    def network_at(self, z: Tensor, log_snr: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
+        r"""Returns the outputs of the network at log-SNRs."""
         check_ends("z", z, self.event_shape)
         c = self.context(c)
-        log_snr, shape = self.log_snr(t).to(z), self.schedule.shape
+        log_snr, shape = log_snr.to(z), self.schedule.shape
         with torch.autocast(z.device.type, enabled=False):
             told = log_snr.mean([*range(-len(shape), 0)]) if shape else log_snr
             if self.preconditioning is None:

@@ -27,12 +27,12 @@ from ..infer import Reweighted, Timestep_ELBO, TraceKL_ELBO
 from ..priors import DiffusionPrior, HierarchicalPrior, Prior
 from ..sampling.probability_flow import ProbabilityFlow
 from ..vae import VAE
+from .densities import prior_log_prob
 from .elbo import evaluate
 from .likelihood import (
     importance_log_likelihood,
     importance_weighted_bound,
     log_likelihood,
-    prior_log_prob,
 )
 from .surgery import chain_log_prob
 

@@ -173,9 +173,13 @@ def chain_log_prob(prior: Prior, z_0: Tensor, elbo: TermsELBO, c: Tensor | None 
     flat = z_0.reshape(-1, *prior.event_shape)
     c = None if c is None else c.expand(batch + c.shape[1:]).flatten(0, len(batch) - 1)
 
-    terms = elbo_terms(*chain_programs(prior, flat, c), elbo=elbo)
-    parts = [term.sum(0) if term.ndim > 1 else term for term in terms.values()]
-    return -torch.stack(parts).sum(0).reshape(batch)
+    return estimates(elbo, *chain_programs(prior, flat, c)).reshape(batch)
+
+
+def estimates(elbo: TermsELBO, model: Callable, guide: Callable) -> Tensor:
+    r"""Returns an estimate of the bound of each datum, or of another objective."""
+    terms = elbo_terms(model, guide, elbo=elbo).values()
+    return -torch.stack([term.sum(0) if term.ndim > 1 else term for term in terms]).sum(0)
 
 
 def chain_programs(
