@@ -161,15 +161,16 @@ print(first, peak())
 
 def peaks(*args):
     words = [sys.executable, "-c", SCRIPT, *map(str, args)]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=1200)
+    # Tensors that are freed go back to the system: what the allocator keeps is noise of 100 MB.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(words, capture_output=True, text=True, timeout=1200, env=env)
     assert result.returncode == 0, result.stderr
     return map(int, result.stdout.split())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 def test_exhaustive_evaluation_needs_as_much_memory_for_any_number_of_images():
-    first, last = peaks(1000, 1000, 8, 8)
+    first, last = peaks(500, 1000, 8, 8)
     assert last < 2e9
-    # The images themselves are there from the start. A batch needs 90 to 160 MB, and the allocator
-    # may keep as much again: ten batches that are kept would be another 800 MB at least.
-    assert last - first < 300e6, (first, last)
+    # The images themselves are there from the start. Five batches need what the first one did.
+    assert last - first < 30e6, (first, last)
