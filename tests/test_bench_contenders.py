@@ -305,7 +305,7 @@ def step_at_distance(prior, t, distance):
     its gradient with respect to the output of the network."""
     output = torch.randn(prior.latent_dim, dtype=torch.float64, device=prior.origin.device)
     output.requires_grad_()
-    with mock.patch.object(prior.denoiser, "network", lambda z, t, c=None: (output,)):
+    with mock.patch.object(prior.denoiser, "network_at", lambda z, log_snr, c: (output,)):
         p = prior.reverse(torch.randn_like(output), t)
     q = dist.Normal(p.mean.detach() + distance, p.stddev).to_event(1)
     kl = torch.distributions.kl_divergence(q, p)
