@@ -101,7 +101,20 @@ def test_what_a_study_refuses(out, device_name, tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.csv").unlink()
     (tmp_path / "settings.json").write_text('{"seed": 0}')
     assert "was run with other settings, now there is num_images=30 in" in error(*options)
-    labels = tmp_path / "labels"
+
+
+def test_a_study_of_a_model_that_is_given_labels(device_name, device, tmp_path, numbers):
+    out = tmp_path / "labels"
     tiny = ("--epochs", 1, "--limit", 60, "--width", 4, "--num-timesteps", 9, "--features", "none")
-    call("run.py", *tiny, "--condition", "labels", "--out", labels, "--device", device_name)
-    assert "was trained with labels: choose a run without" in error(labels, *options[1:])
+    call("run.py", *tiny, "--condition", "labels", "--out", out, "--device", device_name)
+    options = [str(out), *TINY, "--evaluations", "3", "--grids", "time", "--samplers", "ddim"]
+    importlib.import_module("steps").main(
+        [*options, "--device", device_name, "--out", str(tmp_path)]
+    )
+    found = rows(tmp_path / "labels.csv")
+    vae, _ = load_vae(out, device)
+    data = load_data(out)
+    c = torch.nn.functional.one_hot(data.test_labels[:30].long(), 10).float()
+    exact = sum(evaluate(vae, data.test[:30], c=c).values())
+    assert float(found[0]["value"]) == pytest.approx(exact, rel=1e-5)
+    assert {row["name"] for row in found[-2:]} == {"ancestral", "ddim"}

@@ -31,6 +31,8 @@ from pyro_vaediff.sampling import GRIDS, num_evaluations, point, sample
 from pyro_vaediff.sampling.solvers import check_diffusion
 from pyro_vaediff.train.report import pixel_space
 from pyro_vaediff.train.runs import load_data, load_vae
+from pyro_vaediff.train.splits import one_hot
+from pyro_vaediff.vae import call, posterior
 
 Row = dict[str, Any]
 Fit = Callable[..., DiffusionPrior]
@@ -56,7 +58,7 @@ def variances(prior: DiffusionPrior) -> dict[str, Fit]:
     trained = type(prior.denoiser.variance)
     own = next(name for name, kind in REVERSE_VARIANCES.items() if kind is trained)
     fitted = {f"{name}, fitted": fit for name, fit in FITTED.items()}
-    return {own: lambda prior, z_0: prior} | fitted
+    return {own: lambda prior, z_0, c=None: prior} | fitted
 
 
 def grids(prior: DiffusionPrior, names: Sequence[str], num_steps: int) -> dict[str, Tensor]:
@@ -79,8 +81,7 @@ class Study:
         self.args, self.name = args, path.resolve().name
         self.vae, config = load_vae(path, args.device)
         self.prior = check_diffusion(self.vae.prior)
-        if config.num_classes:
-            raise ValueError(f"{path} was trained with labels: choose a run without")
+        self.num_classes = config.num_classes
         self.data = load_data(path, args.root, not args.no_download)
         self.table, self.rows = args.out / f"{self.name}.csv", []
         if self.table.exists():
@@ -98,13 +99,22 @@ class Study:
                 write_csv(self.table, self.rows)
                 print(f"{self.name}:", *(show(x) for x in self.rows[-1].values()), flush=True)
 
+    def part(self, split: str, num_images: int) -> tuple[Tensor, Tensor | None]:
+        r"""Returns the first images of a split, and their labels if the model is given these."""
+        images, labels = (getattr(self.data, split + end) for end in ("", "_labels"))
+        c = one_hot(labels[:num_images], self.num_classes) if self.num_classes else None
+        return images[:num_images], c
+
     def bounds(self) -> Iterator[Job]:
         r"""Yields what is to be known of bounds, and functions that compute it."""
         torch.manual_seed(self.args.seed)
+        x, c = self.part("train", NUM_FIT)
+        x = preprocess(self.vae, x)
+        c = None if c is None else c.to(x)
         with torch.no_grad():
-            z_0 = self.vae.encoder(preprocess(self.vae, self.data.train[:NUM_FIT])).sample()
+            z_0 = posterior(self.vae, x, c).sample()
         for name, fit in variances(self.prior).items():
-            prior = fit(self.prior, z_0)
+            prior = fit(self.prior, z_0, c)
             for n in self.args.steps:
                 for grid, times in grids(prior, self.args.grids, n).items():
                     row = {"measure": "nats", "name": name, "grid": grid, "budget": n, "steps": n}
@@ -112,13 +122,15 @@ class Study:
 
     def bound(self, prior: DiffusionPrior, times: Tensor) -> float:
         r"""Returns the negative ELBO of test images with other steps, in nats per image."""
-        batches = self.data.test[: self.args.num_images].split(100)
+        x, c = self.part("test", self.args.num_images)
+        batches = x.split(100)
+        contexts = [None] * len(batches) if c is None else c.split(100)
         try:
             self.vae.prior = prior.with_steps(times)
             # A seed per batch gives all chains the same z_0.
             sums = [
-                len(x) * sum(evaluate(self.vae, x, seed=self.args.seed + i).values())
-                for i, x in enumerate(batches)
+                len(x) * sum(evaluate(self.vae, x, c=c, seed=self.args.seed + i).values())
+                for i, (x, c) in enumerate(zip(batches, contexts, strict=True))
             ]
         finally:
             self.vae.prior = self.prior
@@ -157,9 +169,17 @@ class Study:
     def distance(self, sampler: str, grid: str, num_steps: int) -> float:
         r"""Returns the Fréchet distance of samples to test images."""
         torch.manual_seed(self.args.seed)  # of the noise, which samplers without any share
-        z_0 = sample(self.prior, self.args.num_samples, None, sampler, num_steps, grid)
-        space = pixel_space(self.vae)
-        images = (space.to_unit(point(self.vae.decoder(z))) for z in z_0.split(100))
+        num_samples = self.args.num_samples
+        _, c = self.part("test", num_samples)
+        if c is not None:  # as many of each class as there are test images, over and over
+            c = c[torch.arange(num_samples) % len(c)].to(self.prior.origin)
+        z_0 = sample(self.prior, num_samples, c, sampler, num_steps, grid)
+        space, decoder = pixel_space(self.vae), self.vae.decoder
+        contexts = [None] * num_samples if c is None else c.split(100)
+        images = (
+            space.to_unit(point(call(decoder, z, c)))
+            for z, c in zip(z_0.split(100), contexts, strict=False)
+        )
         return image_statistics(images, self.extractor).distance(self.reference)
 
 
