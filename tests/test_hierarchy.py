@@ -20,7 +20,7 @@ from pyro_vaediff.infer import Timestep_ELBO, TraceKL_ELBO, check_mean_field, el
 from pyro_vaediff.likelihoods import make_likelihood
 from pyro_vaediff.nn import LadderEncoder, ResNetDecoder, TimeAdapter, ladder_path
 from pyro_vaediff.priors import ConditionalGaussianPrior, HierarchicalPrior
-from pyro_vaediff.sampling import interpolate, reconstruct
+from pyro_vaediff.sampling import ancestral, ddim, interpolate, reconstruct
 from pyro_vaediff.schedules import Schedule
 from pyro_vaediff.testing import (
     LinearDenoiser,
@@ -165,6 +165,24 @@ def test_estimators_of_a_hierarchy_are_unbiased(x, name, kind):
     vae = linear_hierarchy(kind).to(x.device)
     exact = exact_values(vae, -exact_elbo(vae.model, vae.guide, x))
     assert_unbiased(draws(ESTIMATORS[name](), vae, x), exact, target=0.05)
+
+
+@pytest.mark.parametrize("kind", ["top", "every"])
+def test_a_hierarchy_with_fewer_steps_is_a_program(x, kind):
+    vae = linear_hierarchy(kind).to(x.device)
+    whole, vae.prior = vae.prior, vae.prior.with_steps(2)
+    sites = list(pyro.poutine.trace(vae.prior.model).get_trace().stochastic_nodes)
+    assert sites[:3] == ["group1/z_2", "group1/z_1", "group1/z_0"]
+    assert ("group2/z_2" in sites) == (kind == "every") and "group2/z_3" not in sites
+    exact = exact_values(vae, -exact_elbo(vae.model, vae.guide, x))
+    assert_unbiased(draws(Timestep_ELBO(k=1), vae, x), exact, target=0.05)
+    torch.manual_seed(0)
+    few = ancestral(whole, 5, num_steps=2)
+    torch.manual_seed(0)
+    torch.testing.assert_close(few, ancestral(vae.prior, 5))
+    assert set(map(id, whole.parameters())) == set(map(id, vae.prior.parameters()))
+    with one_line_value_error("prior must be a DiffusionPrior, got HierarchicalPrior"):
+        ddim(whole, 5, num_steps=2)
 
 
 def test_terms_are_those_of_the_groups(x):

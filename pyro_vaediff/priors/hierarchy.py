@@ -12,9 +12,11 @@ from pyro.contrib.autoname import scope
 from torch import Tensor, nn
 
 from ..diffusion import base_normal
+from ..nn.modes import shallow_copy
 from ..nn.scale import bounded_scale, upcast
 from ..register import register
 from .base import Prior, call
+from .diffusion import DiffusionPrior
 
 __all__ = ["ConditionalGaussianPrior", "HierarchicalPrior", "Posterior"]
 
@@ -185,6 +187,28 @@ class HierarchicalPrior(Prior):
                     z = prior.model(h)
             h = step(h, z)
         return h
+
+    def with_steps(self, steps: int | Tensor) -> HierarchicalPrior:
+        r"""Returns the hierarchy whose diffusion priors have other steps.
+
+        Arguments:
+            steps: As of :meth:`DiffusionPrior.with_steps`.
+        """
+        return self.with_diffusions(lambda prior: prior.with_steps(steps))
+
+    def with_diffusions(
+        self, change: Callable[[DiffusionPrior], DiffusionPrior]
+    ) -> HierarchicalPrior:
+        r"""Returns the hierarchy with a function of each of its diffusion priors in its place.
+
+        Arguments:
+            change: The function. The path and the other groups are shared with this hierarchy.
+        """
+        new = shallow_copy(self)
+        new.groups = nn.ModuleList(
+            change(prior) if isinstance(prior, DiffusionPrior) else prior for prior in self.groups
+        )
+        return new
 
     def steps(self) -> Iterator[tuple[int, Prior, nn.Module]]:
         r"""Yields the number of each group, its prior and its step of the path."""

@@ -59,7 +59,8 @@ def ancestral(
     Arguments:
         prior: The prior.
         num_samples: The number of samples :math:`N`.
-        num_steps: The number of steps of a diffusion prior, or ``None`` for the program as it is.
+        num_steps: The number of steps of a diffusion prior, or of each in a hierarchy; ``None`` for
+            the program as it is.
         c: The context, with shape :math:`(N, *)`.
         grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.grids.GRIDS`.
 
@@ -67,7 +68,9 @@ def ancestral(
         The latents, with shape :math:`(N, *\mathrm{event})`.
     """
     check_whole("num_samples", num_samples)
-    if num_steps is not None:
+    if num_steps is not None and isinstance(prior, HierarchicalPrior):
+        prior = prior.with_diffusions(lambda group: on_grid(group, num_steps, grid))
+    elif num_steps is not None:
         prior = on_grid(prior, num_steps, grid)
     # In a parameter store of its own: sampling leaves nothing behind in the global one.
     with pyro.get_param_store().scope(), pyro.plate("samples", num_samples):
@@ -99,8 +102,9 @@ def sample(
         c: The context, with shape :math:`(N, *)`.
         sampler: How a diffusion prior is sampled, one of :data:`SAMPLERS`; other priors only have
             ``"ancestral"``, their program.
-        num_steps: The number of steps of a diffusion prior, by default those of its own grid,
-            which :meth:`~pyro_vaediff.priors.DiffusionPrior.with_steps` sets to any times.
+        num_steps: The number of steps of a diffusion prior, or of each in a hierarchy, by default
+            those of its own grid, which :meth:`~pyro_vaediff.priors.DiffusionPrior.with_steps` sets
+            to any times.
         grid: Where these steps are, one of :data:`~pyro_vaediff.sampling.grids.GRIDS`.
 
     Returns:

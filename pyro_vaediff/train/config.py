@@ -221,8 +221,8 @@ class ReportConfig(Checked):
 
     def check_use(self, model: ModelConfig) -> None:
         r"""Raises a ``ValueError`` if a model has no use for an option."""
-        if model.latent_groups and (self.sampler, self.sample_steps) != ("ancestral", None):
+        if model.latent_groups and self.sampler != "ancestral":
             raise ValueError(
                 "a hierarchy is sampled by its program, got latent_groups and sampler="
-                f"{self.sampler!r} with sample_steps={self.sample_steps}: leave these out"
+                f"{self.sampler!r}: leave it out"
             )
