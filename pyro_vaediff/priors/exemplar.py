@@ -69,7 +69,7 @@ class ExemplarPrior(Prior):
 
     All share the learned variance :math:`\sigma^2`. The means :math:`m_n` are those of
     :math:`q(z_0 | x_n)`, as the encoder was when it last saw :math:`x_n`: the guide keeps them in
-    train mode. They are no parameters and have no gradient. None is missing: a mixture that *is*
+    train mode. They are no parameters and have no gradient. Little is missing: a mixture that *is*
     the aggregate posterior is at its optimum, where :math:`E_{q(z_0)}[\nabla \log p(z_0)] = 0`.
 
     **Leave one out.** A context is the number :math:`n` of each datum among the training data, with
@@ -86,7 +86,8 @@ class ExemplarPrior(Prior):
     data. It is the same density for each of them, and its bound is one.
 
     Networks that see the context as well must ignore it (``context_features=None``). The prior
-    starts with means that are drawn such that its moments are those of :math:`\mathcal{N}(0, I)`.
+    starts with means that are drawn such that its moments are those of :math:`\mathcal{N}(0, I)`. If
+    several processes train it, the means that the main one has seen are those of all after an epoch.
 
     Arguments:
         event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
