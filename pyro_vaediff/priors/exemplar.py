@@ -52,7 +52,7 @@ class AggregatePrior(Prior):
         self.register_buffer("loc", loc.double())
         self.register_buffer("scale", scale.double())
 
-    def distribution(self, c: Tensor | None = None) -> GaussianMixture:
+    def distribution(self, c: Tensor | None = None) -> dist.MixtureSameFamily:
         r"""Returns :math:`p(z_0)`, whose log-density is exact; the context has no part in it."""
         components = dist.Normal(self.loc, self.scale).to_event(self.event_dim)
         weights = dist.Categorical(logits=self.loc.new_zeros(len(self.loc)))
@@ -120,7 +120,7 @@ class ExemplarPrior(Prior):
         self.raw_scale = nn.Parameter(torch.full(self.event_shape, raw))
         self.register_buffer("loc", self.spread * torch.randn(num_data, *self.event_shape))
 
-    def distribution(self, c: Tensor | None = None) -> GaussianMixture:
+    def distribution(self, c: Tensor | None = None) -> dist.MixtureSameFamily:
         r"""Returns :math:`p(z_0)`, or given the numbers of data :math:`p(z_0 | n)`."""
         loc, number = upcast(self.loc), torch.arange(len(self.loc), device=self.loc.device)
         if c is not None and self.num_components < len(loc):
