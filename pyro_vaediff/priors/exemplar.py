@@ -86,8 +86,8 @@ class ExemplarPrior(Prior):
     data. It is the same density for each of them, and its bound is one.
 
     Networks that see the context as well must ignore it (``context_features=None``). The prior
-    starts with means that are drawn such that its moments are those of :math:`\mathcal{N}(0, I)`. If
-    several processes train it, the means that the main one has seen are those of all after an epoch.
+    starts with means that are drawn such that its moments are those of :math:`\mathcal{N}(0, I)`.
+    If several processes train it, they all go on with the means of the main one after an epoch.
 
     Arguments:
         event_shape: The shape of a latent; a number :math:`D` means :math:`(D,)`.
