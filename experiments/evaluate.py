@@ -11,7 +11,12 @@ For each run directory, on test images of its data set:
   exact one of its probability flow: models of their own, each with a likelihood. Below each number
   there is what it is, as ``pyro_vaediff.evaluate.audit`` says it;
 - ELBO surgery: the mean KL as the mutual information of x and z_0, and the KL divergence of the
-  aggregate posterior from the prior; and the number of active units.
+  aggregate posterior from the prior; and the number of active units;
+- the negative ELBO of the images of log p(x) with the aggregate posterior of *all training images*
+  as the prior: a bound as well, and the natural ceiling of the learned priors of that encoder.
+
+What a model has no closed form for is left out, and it says so: both of the latter with a posterior
+that is an inverse autoregressive flow, and the last one with any flow.
 
 The numbers are printed and go to evaluation.json in the run directory, where ``table.py`` finds
 them, and likelihood.png there has log p(x) by the number of samples: where it still rises, it is
@@ -33,6 +38,7 @@ from pyro_vaediff.arguments import check_seed
 from pyro_vaediff.data import ImageData
 from pyro_vaediff.evaluate import (
     Surgery,
+    aggregate_prior,
     audit,
     bits_per_dim,
     elbo_surgery,
@@ -43,7 +49,7 @@ from pyro_vaediff.evaluate import (
 from pyro_vaediff.files import read_json, write_json
 from pyro_vaediff.plotting import plot_log_likelihood
 from pyro_vaediff.priors import DiffusionPrior
-from pyro_vaediff.train.report import pixel_space
+from pyro_vaediff.train.pictures import Missing, pixel_space
 from pyro_vaediff.train.runs import load_data, load_vae
 from pyro_vaediff.vae import VAE
 
@@ -148,6 +154,20 @@ def classes(vae: VAE, args: argparse.Namespace) -> dict[str, str]:
     }
 
 
+def ceiling(vae: VAE, data: ImageData, args: argparse.Namespace) -> dict[str, Any]:
+    r"""Returns the negative ELBO with the aggregate posterior of the training data as the prior, of
+    the images of :func:`likelihood`."""
+    images, common = data.test[: args.num_images], {"seed": args.seed, "progress": not args.quiet}
+    prior = aggregate_prior(vae, data.train, **common)
+    best = VAE(vae.encoder, vae.decoder, prior, vae.space)
+    return {
+        "negative_elbo": sum(evaluate(best, images, **common).values()),
+        "negative_elbo_is": audit(evaluate, best).text,
+        "images": len(images),
+        "training_images": len(data.train),
+    }
+
+
 def as_numbers(surgery: Surgery) -> dict[str, Any]:
     r"""Returns the results of ELBO surgery, without those of single units."""
     numbers: dict[str, Any] = {}
@@ -166,14 +186,18 @@ def evaluate_run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     data = load_data(path, args.root, not args.no_download, args.groups)
     images = data.test[: args.surgery_images]
     common = {"seed": args.seed, "progress": not args.quiet}
-    results = {
-        "likelihood": likelihood(vae, data, args) | classes(vae, args),
-        "surgery": as_numbers(elbo_surgery(vae, images, **common)),
-    }
-    if isinstance(vae.prior, DiffusionPrior):
-        # The same with log p(z_0) of the probability flow, which is no bound.
-        flow = density_of(vae, "flow")
-        results["surgery_flow"] = as_numbers(elbo_surgery(vae, images, **flow, **common))
+    results = {"likelihood": likelihood(vae, data, args) | classes(vae, args)}
+    missing = Missing()
+    with missing.unless("surgery"):
+        results["surgery"] = as_numbers(elbo_surgery(vae, images, **common))
+        if isinstance(vae.prior, DiffusionPrior):
+            # The same with log p(z_0) of the probability flow, which is no bound.
+            flow = density_of(vae, "flow")
+            results["surgery_flow"] = as_numbers(elbo_surgery(vae, images, **flow, **common))
+    with missing.unless("aggregate"):
+        results["aggregate"] = ceiling(vae, data, args)
+    if missing.reasons:
+        results["not_available"] = missing.reasons
     return results | {"seconds": time.perf_counter() - start}
 
 
@@ -202,7 +226,14 @@ def describe(results: dict[str, Any]) -> list[str]:
                 + {"surgery": "", "surgery_flow": " by the probability flow"}[name]
                 + f", {part['active_units']} active units"
             )
-    return lines
+    if (part := results.get("aggregate")) is not None:
+        gain = likelihood["negative_elbo"] - part["negative_elbo"]
+        lines.append(
+            f"    ELBO {-part['negative_elbo']:.2f} nats, {gain:+.2f}, with the aggregate "
+            f"posterior of {part['training_images']:,} training images as prior"
+        )
+    missing = results.get("not_available", {}).items()
+    return lines + [f"    not available for {name}: {reason}" for name, reason in missing]
 
 
 def compare(found: dict[Path, list[float]]) -> list[str]:

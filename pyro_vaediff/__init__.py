@@ -17,7 +17,15 @@ from . import (
 )
 from .denoise import Denoiser
 from .infer import Reweighted, Timestep_ELBO, TraceKL_ELBO
-from .priors import DiffusionPrior, FlowPrior, GaussianPrior, MixturePrior, Prior, VampPrior
+from .priors import (
+    DiffusionPrior,
+    ExemplarPrior,
+    FlowPrior,
+    GaussianPrior,
+    MixturePrior,
+    Prior,
+    VampPrior,
+)
 from .register import register
 from .vae import VAE
 
@@ -27,6 +35,7 @@ __all__ = [
     "VAE",
     "Denoiser",
     "DiffusionPrior",
+    "ExemplarPrior",
     "FlowPrior",
     "GaussianPrior",
     "MixturePrior",

@@ -74,7 +74,8 @@ def gaussian_moments(start: Start) -> tuple[Tensor, Tensor]:
     if base is None:
         raise ValueError(
             f"q(z_t | x) is only known in closed form for a diagonal Gaussian encoder, got "
-            f"{type(unwrap(start)).__name__}: condition on z_0 (order 'forward' or 'posterior')"
+            f"{type(unwrap(start)).__name__}: use conditioning='z_0', or order='forward' or "
+            "'posterior'"
         )
     return base.loc, base.scale.square()
 

@@ -542,7 +542,7 @@ LIBRARY = [
     ),
     (
         lambda it: make_vae(ModelConfig("gausian")),
-        "unknown prior 'gausian': choose one of gaussian, mixture, vamp, flow, diffusion",
+        "unknown prior 'gausian': choose one of gaussian, mixture, vamp, exemplar, flow, diffusion",
     ),
     (
         lambda it: make_vae(ModelConfig("gaussian", schedule="sqrt")),

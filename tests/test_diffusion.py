@@ -154,5 +154,5 @@ def test_moments_are_found_inside_of_wrappers(device):
     ids=lambda q: type(q).__name__,
 )
 def test_only_diagonal_gaussians_have_closed_forms(q_z0):
-    with one_line_value_error(r"diagonal Gaussian .* got \w+: condition on z_0"):
+    with one_line_value_error(r"diagonal Gaussian .* got \w+: use conditioning='z_0'"):
         q_marginal(LinearSchedule(T), q_z0, 1)

@@ -12,8 +12,9 @@ from evaluate import describe
 from PIL import Image
 from scripts import EXPERIMENTS, call, script_errors
 
+from pyro_vaediff import VAE
 from pyro_vaediff.data import load
-from pyro_vaediff.evaluate import evaluate
+from pyro_vaediff.evaluate import aggregate_prior, evaluate
 from pyro_vaediff.train.runs import load_vae
 
 TINY = ("--num-images", "6", "--num-samples", "2", "--num-steps", "4", "--surgery-images", "8")
@@ -53,6 +54,14 @@ def test_the_numbers(run, device):
     assert one > two == pytest.approx(part["negative_log_likelihood"], abs=1e-4)
     with Image.open(out / "likelihood.png") as image:
         assert image.size == (1280, 720)
+    best, train = results["aggregate"], load("digits").train
+    assert (best["images"], best["training_images"]) == (6, len(train))
+    prior = aggregate_prior(vae, train)
+    expected = sum(
+        evaluate(VAE(vae.encoder, vae.decoder, prior, vae.space), data.test[:6]).values()
+    )
+    assert best["negative_elbo"] == pytest.approx(expected, rel=1e-5)
+    assert best["negative_elbo_is"].startswith("a bound by the model with an AggregatePrior")
     surgeries = [results[name] for name in results if name.startswith("surgery")]
     assert len(surgeries) == (2 if "diffusion" in out.name else 1)
     for surgery in surgeries:
@@ -77,7 +86,8 @@ def test_what_is_printed(run):
     assert ("the chain of T = 10 steps" in lines[3]) == is_diffusion
     assert lines[4].startswith(f"        compared: {compared}")
     assert "(at most 2.08)" in lines[5] and "active units" in lines[5]
-    assert len(lines) == (7 if is_diffusion else 6)
+    assert len(lines) == (8 if is_diffusion else 7)
+    assert "with the aggregate posterior of " in lines[-1] and lines[-1].endswith("images as prior")
     # A file of an earlier version does not say it.
     old = json.loads((out / "evaluation.json").read_text())
     for name in ("negative_log_likelihood", "negative_elbo", "gap"):

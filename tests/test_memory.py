@@ -37,7 +37,7 @@ def resident():
 
 
 def make_step(prior, timesteps="importance"):
-    vae = make_vae(ModelConfig(prior, num_timesteps=5, **TINY))
+    vae = make_vae(ModelConfig(prior, num_timesteps=5, num_data=9, **TINY))
     optim = TorchOptim(torch.optim.Adam(vae.parameters(), lr=1e-3))
     elbo = Timestep_ELBO(timesteps, k=2)
     svi = make_svi(per_datum(vae.model), per_datum(vae.guide), optim, elbo)

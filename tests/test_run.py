@@ -228,7 +228,7 @@ def test_continuous_time(run, tmp_path, schedule):
 )
 def test_latents_that_are_images(run, tmp_path, prior, flags):
     out, components = tmp_path / "run", ["--num-components", "3"]
-    flags = [*flags, *(components if prior in ("mixture", "vamp") else [])]
+    flags = [*flags, *(components if prior in ("mixture", "vamp", "exemplar") else [])]
     shape = words("latent-shape", "244")
     lines = run(out, *shape, *flags, prior=prior, latent_dim=None, epochs=1)
     assert " of 32 latents are active" in "\n".join(lines)
@@ -299,7 +299,7 @@ def test_latents_that_are_refused(error_of, tmp_path, flags, match):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", [name for name in PRIORS if name != "exemplar"])
 def test_the_smallest_run(run, tmp_path, prior):
     one = {"epochs": 1, "limit": 1, "latent_dim": 1, "width": 1, "k": 1}
     one |= {"num_timesteps": 1} if prior == "diffusion" else {}
@@ -561,6 +561,24 @@ ERRORS = [
     ({"sampler": "euler"}, "unknown sampler 'euler': choose one of ancestral, ddim, heun, dpm-sol"),
     ({"estimator": "trace", "entropy": "exact"}, "estimator='trace' has no use for entropy"),
     ({"condition": "labels", "prior": "vamp"}, "prior='vamp' takes no labels"),
+    (
+        {"prior": "exemplar", "limit": 1, "features": "none"},
+        "num_data must be a whole number >= 2, got 1",
+    ),
+    ({"prior": "exemplar", "condition": "labels"}, "prior='exemplar' takes no labels"),
+    ({"prior": "exemplar", "num_components": 1}, ">= 2, one of which is left out, got 1"),
+    ({"posterior_flows": 2}, "posterior='gaussian' has no use for posterior_flows"),
+    ({"posterior": "iaf", "posterior_flows": 0}, "posterior_flows must be a whole number >= 1"),
+    ({"posterior": "maf"}, "unknown posterior 'maf': choose one of gaussian, iaf, coupling"),
+    (
+        {"posterior": "iaf", "conditioning": "x"},
+        "conditioning='x' needs a Gaussian q(z_0 | x), got posterior='iaf': give "
+        "conditioning='z_0'",
+    ),
+    ({"posterior": "coupling", "tc_weight": 2.0}, "tc_weight=2.0 needs a Gaussian q(z_0 | x)"),
+    ({"posterior": "iaf", "noise_log_snr": 3.0}, "noise_log_snr=3.0 needs a Gaussian q(z_0 | x)"),
+    ({"posterior": "iaf", "prior": "vamp"}, "prior='vamp' needs a Gaussian q(z_0 | x), got"),
+    ({"posterior": "coupling", "prior": "exemplar"}, "prior='exemplar' needs a Gaussian q(z_0 |"),
 ]
 
 

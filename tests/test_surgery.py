@@ -168,7 +168,7 @@ def test_the_aggregate_is_a_mixture(device, monkeypatch):
     expected = dist.MixtureSameFamily(dist.Categorical(torch.ones_like(loc[:, 0])), components)
     parts = list(zip((loc + 100).split(4), scale.split(4), strict=True))
     for chunk in (1, 20, 10**6):
-        monkeypatch.setattr("pyro_vaediff.evaluate.surgery.CHUNK", chunk)
+        monkeypatch.setattr("pyro_vaediff.evaluate.aggregate.CHUNK", chunk)
         posteriors = [dist.Normal(m, s).to_event(1) for m, s in parts]
         log_prob = aggregate_log_prob(z_0 + 100, posteriors)
         torch.testing.assert_close(log_prob, expected.log_prob(z_0 + 100), atol=1e-10, rtol=0)

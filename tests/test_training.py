@@ -89,6 +89,7 @@ SETTINGS = {
         "lr_schedule": "cosine",
     },
     "VampPrior": {"prior": "vamp", "prior_epochs": 2, "ema": 0.9},
+    "ExemplarPrior": {"prior": "exemplar", "prior_epochs": 2, "ema": 0.9},
 }
 
 

@@ -28,6 +28,7 @@ EVALUATIONS = (
     ("likelihood.gap", "What the ELBO of the same images leaves (nats)", 2),
     ("surgery.marginal_kl", "KL(q(z_0) ‖ p(z_0)) of the aggregate posterior (nats)", 2),
     ("surgery_flow.marginal_kl", "The same, with the probability flow's density (nats)", 2),
+    ("aggregate.negative_elbo", "−ELBO with the training images' aggregate as prior (nats)", 2),
 )
 KEYS = ("dataset", "latent_dim", "row", "seed")
 

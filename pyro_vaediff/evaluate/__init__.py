@@ -1,5 +1,6 @@
 r"""The numbers of a model: bounds, likelihoods, what they are, surgery and Fréchet distances."""
 
+from .aggregate import aggregate_log_prob, aggregate_prior, posterior_means
 from .audit import BOUNDS, NO_BOUNDS, Audit, audit
 from .demonstration import Demonstration, demonstrate
 from .densities import chain_log_weight, prior_log_prob
@@ -15,7 +16,7 @@ from .likelihood import (
     log_likelihood_by_samples,
 )
 from .statistics import frechet_distances, image_statistics, reference_statistics
-from .surgery import Estimate, Surgery, aggregate_log_prob, chain_log_prob, elbo_surgery
+from .surgery import Estimate, Surgery, chain_log_prob, elbo_surgery
 
 __all__ = [
     "BOUNDS",
@@ -30,6 +31,7 @@ __all__ = [
     "Surgery",
     "active_units",
     "aggregate_log_prob",
+    "aggregate_prior",
     "audit",
     "bits_per_dim",
     "chain_log_prob",
@@ -49,6 +51,7 @@ __all__ = [
     "load_extractor",
     "log_likelihood",
     "log_likelihood_by_samples",
+    "posterior_means",
     "preprocess",
     "prior_log_prob",
     "reference_statistics",

@@ -239,7 +239,8 @@ def described(prior: nn.Module | None) -> str:
     if isinstance(prior, HierarchicalPrior):
         groups = [described(group).removeprefix("the model with ") for group in prior.groups]
         return f"the hierarchy of {' and '.join(groups)}"
-    return f"the model with a {type(prior).__name__}"
+    name = type(prior).__name__
+    return f"the model with {'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def count(number: int, noun: str) -> str:

@@ -13,6 +13,7 @@ from ..arguments import check_nonnegative
 from ..infer import Timestep_ELBO
 from ..infer.objectives import group_of
 from ..vae import VAE, call
+from .aggregate import posterior_means
 from .elbo import Data, evaluating, in_batches
 
 __all__ = ["ActiveUnits", "active_units", "kl_by_group"]
@@ -64,7 +65,8 @@ def active_units(
 
     .. math:: A_u = \mathrm{Var}_x \big( E_{q(z|x)}[z_u] \big) > \text{threshold}
 
-    The posterior of a group below others depends on what was drawn above it, once per datum.
+    The posterior of a group below others depends on what was drawn above it, once per datum. Where
+    a mean has no closed form, such as with a flow, it is that of draws, whose noise is subtracted.
 
     Arguments:
         vae: The VAE.
@@ -77,9 +79,6 @@ def active_units(
     Returns:
         The numbers by group, with the name ``""`` for latents that are no group.
 
-    Raises:
-        NotImplementedError: If a posterior has no mean in closed form.
-
     References:
         | Importance Weighted Autoencoders (Burda et al., 2016), section 5
         | https://arxiv.org/abs/1509.00519
@@ -90,6 +89,7 @@ def active_units(
     counts = 0
     means: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
     with evaluating(vae, seed):
         for x, c_x in in_batches(vae, data, c, batch_size):
             trace = poutine.trace(lambda *args: call(guide, *args)).get_trace(x, c_x)
@@ -99,13 +99,16 @@ def active_units(
                     continue
                 # Welford's update, batch by batch.
                 fn: Any = site["fn"]
-                mean, group = fn.mean.double(), group_of(name)
+                (mean, error), group = posterior_means(fn), group_of(name)
                 old = means.get(group, torch.zeros_like(mean[0]))
                 new = old + (mean - old).sum(0) / counts
                 update = ((mean - old) * (mean - new)).sum(0)
                 squares[group] = squares.get(group, 0.0) + update
                 means[group] = new
+                errors[group] = errors.get(group, 0.0) + error.sum(0)
     return {
-        group: ActiveUnits(int((square / counts > threshold).sum()), square.numel())
+        group: ActiveUnits(
+            int(((square - errors[group]) / counts > threshold).sum()), square.numel()
+        )
         for group, square in squares.items()
     }

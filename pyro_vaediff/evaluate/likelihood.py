@@ -154,10 +154,12 @@ def log_weights(
     copies = [None if v is None else v.expand(n, *v.shape).flatten(0, 1) for v in (x, c)]
 
     def some(n: int) -> Tensor:
-        z_0 = torch.stack([q_z0() for _ in range(n)])  # each as a sample site draws it
+        # Each as a sample site draws it, and scored at once: a flow does so at no cost.
+        draws = [(z := q_z0(), q_z0.log_prob(z)) for _ in range(n)]
+        z_0, log_q = (torch.stack(parts) for parts in zip(*draws, strict=True))
         x_n, c_n = (None if v is None else v[: n * B] for v in copies)
         log_p_x = call(vae.decoder, z_0.flatten(0, 1), c_n).log_prob(x_n).reshape(n, B)
-        return log_p_x - q_z0.log_prob(z_0) + log_prob(vae.prior, z_0, c, **options)
+        return log_p_x - log_q + log_prob(vae.prior, z_0, c, **options)
 
     return torch.cat([some(min(n, num_samples - k)) for k in range(0, num_samples, n)])
 

@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,13 +34,13 @@ from ..diffusion import base_normal
 from ..infer import TermsELBO, Timestep_ELBO, elbo_terms
 from ..priors import Prior
 from ..vae import VAE, posterior
+from .aggregate import aggregate_log_prob, check_density, posterior_means
 from .densities import LOG_PRIORS, prior_log_prob
 from .elbo import Data, check_bound, evaluating, in_batches, value_elbo
 
-__all__ = ["Estimate", "Surgery", "aggregate_log_prob", "chain_log_prob", "elbo_surgery"]
+__all__ = ["Estimate", "Surgery", "chain_log_prob", "elbo_surgery"]
 
 ACTIVE = 0.01  # the threshold of Burda et al.
-CHUNK = 2**22  # pairs of a latent and a component that are evaluated at once: 32 MiB in float64
 
 
 class Estimate(NamedTuple):
@@ -114,15 +114,17 @@ def elbo_surgery(
         The parts, with standard errors of the sampling of latents for the given data.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the posteriors are inverse autoregressive
+            flows, which take too long to score others' samples.
     """
     check_choice("log_prior", log_prior, LOG_PRIORS)
     check_whole("num_samples", num_samples, least=2, why=" for standard errors")
     elbo = value_elbo() if elbo is None else elbo
-    posteriors, columns, is_bound = [], [], False
+    posteriors, columns, means, is_bound = [], [], [], False
     with evaluating(vae, seed):
         for x, c_x in in_batches(vae, data, c, batch_size, progress and "ELBO surgery"):
             q_z0 = posterior(vae, x, c_x)
+            check_density(q_z0)
             z_0 = q_z0.sample((num_samples,))
             try:
                 log_p = vae.prior.log_prob(z_0, c_x)
@@ -139,9 +141,11 @@ def elbo_surgery(
             parts = z_0, log_q_x, log_p, control(q_z0, log_q_x)
             # Data come first, so that batches can be joined.
             columns.append([part.transpose(0, 1) for part in parts])
+            means.append(posterior_means(q_z0))
     z_0, log_q_x, log_p, noise = (torch.cat(parts) for parts in zip(*columns, strict=True))
     log_q = aggregate_log_prob(z_0.flatten(0, 1), posteriors).unflatten(0, log_p.shape)
-    variances = mean_variances(z_0, posteriors)
+    mean, error = (torch.cat(parts) for parts in zip(*means, strict=True))
+    variances = mean.var(0, correction=0) - error.mean(0)
     return Surgery(
         mutual_information=estimate(log_q_x - log_q, noise),
         marginal_kl=estimate(log_q - log_p, noise),
@@ -199,53 +203,6 @@ def chain_programs(
     return model, guide
 
 
-def aggregate_log_prob(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]) -> Tensor:
-    r"""Returns the log-density of an equal mixture of distributions.
-
-    Arguments:
-        z_0: The points, with shape :math:`(M, *\mathrm{event})`, best in float64.
-        posteriors: Batches of components, :math:`N` in all.
-
-    Returns:
-        The log-densities in nats, with shape :math:`(M,)`. For diagonal Gaussians, the memory does
-        not depend on :math:`M`.
-
-    Example:
-        >>> posterior = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
-        >>> aggregate_log_prob(torch.zeros(1, 2), [posterior])
-        tensor([-1.8379])
-    """
-    number = sum(q.batch_shape.numel() for q in posteriors)
-    densities = [component_log_probs(q) for q in posteriors]
-    return torch.cat(
-        [
-            torch.cat([density(z) for density in densities], -1).logsumexp(-1) - math.log(number)
-            for z in z_0.split(max(1, CHUNK // number))
-        ]
-    )
-
-
-def component_log_probs(q: dist.TorchDistribution) -> Callable[[Tensor], Tensor]:
-    r"""Returns a function of points, with shape (M, *event), to their log-densities under each of
-    the components, with shape (M, B)."""
-    normals = base_normal(q)
-    if normals is None:
-        return lambda z: q.log_prob(z.unsqueeze(1))
-    # The square of (z - m) / s as products of matrices, about the center for the sake of digits.
-    shape, first = q.batch_shape + q.event_shape, len(q.batch_shape)
-    loc, scale = (x.expand(shape).flatten(first) for x in (normals.loc, normals.scale))
-    center = loc.mean(0)
-    loc, precision = loc - center, scale.square().reciprocal()
-    constant = (loc.square() * precision / 2 + scale.log() + math.log(2 * math.pi) / 2).sum(-1)
-    linear = (loc * precision).mT
-
-    def log_probs(z: Tensor) -> Tensor:
-        z = z.flatten(1) - center
-        return z @ linear - z.square() @ (precision.mT / 2) - constant
-
-    return log_probs
-
-
 def in_float64(q: dist.TorchDistribution, z: Tensor) -> tuple[dist.TorchDistribution, Tensor]:
     r"""Returns a diagonal Gaussian and its values in float64, and any other one as they are."""
     normals = base_normal(q)
@@ -262,15 +219,6 @@ def control(q: dist.TorchDistribution, log_prob: Tensor) -> Tensor:
         return log_prob + q.entropy()
     except NotImplementedError:
         return torch.zeros_like(log_prob)
-
-
-def mean_variances(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]) -> Tensor:
-    r"""Returns the variances of the posterior means over the data, or estimates from samples."""
-    try:
-        return torch.cat([q.mean.double() for q in posteriors]).var(0, correction=0)
-    except NotImplementedError:
-        noise = z_0.var(1).mean(0) / z_0.shape[1]
-        return z_0.mean(1).var(0, correction=0) - noise
 
 
 def estimate(values: Tensor, noise: Tensor) -> Estimate:

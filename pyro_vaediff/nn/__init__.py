@@ -13,6 +13,12 @@ from .conv import ConvDecoder, ConvEncoder, check_image_size
 from .conv_backbone import ConvBackbone
 from .coupling import coupling_flow
 from .embeddings import LogSNRFeatures, sinusoidal_embedding
+from .flow_encoder import (
+    POSTERIOR_FLOWS,
+    FlowEncoder,
+    coupling_posterior,
+    inverse_autoregressive_flow,
+)
 from .flows import FLOWS, FlowDistribution, masked_autoregressive_flow
 from .ladder import LadderEncoder, LadderPosterior, LadderStep, check_latent_groups, ladder_path
 from .mlp import MLPDecoder, MLPEncoder, mlp
@@ -26,11 +32,13 @@ from .vectors import Head
 __all__ = [
     "BACKBONES",
     "FLOWS",
+    "POSTERIOR_FLOWS",
     "ConvBackbone",
     "ConvDecoder",
     "ConvEncoder",
     "DiTBackbone",
     "FlowDistribution",
+    "FlowEncoder",
     "Head",
     "LadderEncoder",
     "LadderPosterior",
@@ -54,7 +62,9 @@ __all__ = [
     "check_latent_groups",
     "check_latent_shape",
     "coupling_flow",
+    "coupling_posterior",
     "from_eps",
+    "inverse_autoregressive_flow",
     "ladder_path",
     "make_backbone",
     "masked_autoregressive_flow",

@@ -59,7 +59,7 @@ class ConvEncoder(nn.Module):
         channels: The channels after each convolution, from the image inwards, in place of
             ``width``.
         activation: The activation module.
-        context_features: The number of features :math:`F` of the context.
+        context_features: The number of features :math:`F` of the context, ``None`` to ignore it.
 
     Raises:
         ValueError: If an argument is not as above.
@@ -82,7 +82,7 @@ class ConvEncoder(nn.Module):
         *,
         channels: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.SiLU,
-        context_features: int = 0,
+        context_features: int | None = 0,
     ):
         super().__init__()
         plan = make_plan(image_shape, latent_dim, width, norm, channels)
@@ -100,7 +100,9 @@ class ConvEncoder(nn.Module):
             layers += [_NORMS[norm if i > 0 else "none"](after), activation()]
             before = after
         self.features = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(before * math.prod(plan.sides) + context_features, 2 * latent_dim)
+        self.head = nn.Linear(
+            before * math.prod(plan.sides) + (context_features or 0), 2 * latent_dim
+        )
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> TorchDistribution:
         r"""Returns :math:`q_\psi(z_0 \mid x)`.
@@ -136,7 +138,7 @@ class ConvDecoder(nn.Module):
             ``width``.
         activation: The activation module.
         tanh: Whether the maps go through a tanh; only for likelihoods that read a mean in [-1, 1].
-        context_features: The number of features :math:`F` of the context.
+        context_features: The number of features :math:`F` of the context, ``None`` to ignore it.
 
     Raises:
         ValueError: If an argument is not as above.
@@ -152,7 +154,7 @@ class ConvDecoder(nn.Module):
         channels: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.SiLU,
         tanh: bool = False,
-        context_features: int = 0,
+        context_features: int | None = 0,
     ):
         super().__init__()
         inwards = None if channels is None else tuple(reversed(channels))
@@ -168,7 +170,7 @@ class ConvDecoder(nn.Module):
 
         before, *rest = reversed(plan.channels)
         layers: list[nn.Module] = [
-            nn.Linear(latent_dim + context_features, before * math.prod(plan.sides)),
+            nn.Linear(latent_dim + (context_features or 0), before * math.prod(plan.sides)),
             nn.Unflatten(-1, (before, *plan.sides)),
             _NORMS["none" if norm == "group" else norm](before),
             activation(),

@@ -108,7 +108,9 @@ class SpatialCoupling(zuko.lazy.LazyTransform):
     def __init__(self, mask: Tensor, context: int, hidden_features: Sequence[int]):
         super().__init__()
         self.register_buffer("mask", mask.to(torch.get_default_dtype()), persistent=False)
-        self.conditioner = ConvConditioner(len(mask), context, hidden_features)
+        # A latent of one pixel is a vector, and its convolutions are linear layers.
+        kernel_size = 3 if mask[0].numel() > 1 else 1
+        self.conditioner = ConvConditioner(len(mask), context, hidden_features, kernel_size)
 
     def forward(self, c: Tensor | None = None) -> Transform:
         return AffineCoupling(partial(self.maps, c))
@@ -174,17 +176,20 @@ class ConvConditioner(nn.Module):
         channels: The number of channels :math:`C`.
         context: The number of features :math:`F` of the context, which each layer is told.
         hidden_features: The number of channels of each hidden layer.
+        kernel_size: The side of the kernels, which is odd.
     """
 
-    def __init__(self, channels: int, context: int, hidden_features: Sequence[int]):
+    def __init__(
+        self, channels: int, context: int, hidden_features: Sequence[int], kernel_size: int = 3
+    ):
         super().__init__()
-        widths = [channels, *hidden_features]
+        widths, sides = [channels, *hidden_features], (kernel_size, 1, kernel_size // 2)
         self.layers = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(widths)
+            nn.Conv2d(before, after, *sides) for before, after in itertools.pairwise(widths)
         )
         if context:
             self.told = nn.ModuleList(nn.Linear(context, w, bias=False) for w in hidden_features)
-        self.outputs = zero_last(nn.Conv2d(widths[-1], 2 * channels, 3, padding=1))
+        self.outputs = zero_last(nn.Conv2d(widths[-1], 2 * channels, *sides))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         h = x

@@ -86,6 +86,12 @@ class FlowDistribution(ZukoToPyro):
     def device_type(self) -> str:
         return self.dist.base.base_dist.loc.device.type
 
+    @property
+    def is_inverse_autoregressive(self) -> bool:
+        r"""Whether it takes :math:`D` passes to score a sample that it did not draw itself."""
+        steps = getattr(self.dist.transform, "transforms", [self.dist.transform])
+        return any(isinstance(t.inv, zuko.transforms.AutoregressiveTransform) for t in steps)
+
 
 def masked_autoregressive_flow(
     event_shape: int | Sequence[int],

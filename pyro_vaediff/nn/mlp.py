@@ -63,7 +63,7 @@ class MLPEncoder(nn.Module):
         gated: Whether the hidden layers are gated, see :func:`mlp`.
         min_scale: The lower bound of s(x), in the units of the latent.
         max_scale: The upper bound of s(x), in the units of the latent.
-        context_features: The number of features :math:`F` of the context.
+        context_features: The number of features :math:`F` of the context, ``None`` to ignore it.
 
     References:
         | VAE with a VampPrior (Tomczak & Welling, 2018)
@@ -83,7 +83,7 @@ class MLPEncoder(nn.Module):
         gated: bool = False,
         min_scale: float = 1e-4,
         max_scale: float = 1e2,
-        context_features: int = 0,
+        context_features: int | None = 0,
     ):
         super().__init__()
         check_scales(min_scale, max_scale)
@@ -91,7 +91,7 @@ class MLPEncoder(nn.Module):
         self.latent_dim = latent_dim
         self.min_scale, self.max_scale = min_scale, max_scale
         self.context_features = context_features
-        inputs = math.prod(self.shape) + context_features
+        inputs = math.prod(self.shape) + (context_features or 0)
         self.net = mlp(inputs, 2 * latent_dim, hidden_features, gated=gated)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> TorchDistribution:
@@ -122,7 +122,7 @@ class MLPDecoder(nn.Module):
         likelihood: The likelihood that reads the maps; its ``image_shape`` is the decoder's.
         hidden_features: The width of each hidden layer.
         gated: Whether the hidden layers are gated, see :func:`mlp`.
-        context_features: The number of features :math:`F` of the context.
+        context_features: The number of features :math:`F` of the context, ``None`` to ignore it.
     """
 
     def __init__(
@@ -131,14 +131,14 @@ class MLPDecoder(nn.Module):
         likelihood: Head,
         hidden_features: Sequence[int] = (300, 300),
         gated: bool = False,
-        context_features: int = 0,
+        context_features: int | None = 0,
     ):
         super().__init__()
         self.latent_dim = latent_dim
         self.likelihood = likelihood
         self.context_features = context_features
         self.maps_shape = (likelihood.num_maps, *likelihood.image_shape[1:])
-        inputs = latent_dim + context_features
+        inputs = latent_dim + (context_features or 0)
         self.net = mlp(inputs, math.prod(self.maps_shape), hidden_features, gated=gated)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> TorchDistribution:

@@ -59,7 +59,16 @@ class NoiseMatched(nn.Module):
         Arguments:
             x: The data, as the encoder takes them.
             context: The context, if there is one.
+
+        Raises:
+            ValueError: If the encoder has no mean, such as that of a flow.
         """
         q = self.encoder(x, *context)
-        mean = q.mean
+        try:
+            mean = q.mean
+        except NotImplementedError:
+            raise ValueError(
+                f"encoder must return a distribution with a mean for NoiseMatched, got a "
+                f"{type(q).__name__}: leave its flow out"
+            ) from None
         return dist.Normal(self.signal * mean, self.noise).expand(mean.shape).to_event(q.event_dim)

@@ -15,7 +15,7 @@ _DECODER_CHANNELS = {32: (512, 256, 128), 64: (512, 512, 512, 256)}
 
 
 def paper_encoder(
-    image_shape: Sequence[int], latent_dim: int, context_features: int = 0
+    image_shape: Sequence[int], latent_dim: int, context_features: int | None = 0
 ) -> ConvEncoder:
     r"""The encoder of the paper's public code: its width is a quarter of the latent's dimension.
 
@@ -26,7 +26,7 @@ def paper_encoder(
     Arguments:
         image_shape: The shape :math:`(C, H, W)` of an image, with H = W in 32, 64.
         latent_dim: The dimension D of the latent, at least 4.
-        context_features: The number of features of the context.
+        context_features: The number of features of the context, ``None`` to ignore it.
 
     Returns:
         The encoder. Its BatchNorm couples the examples of a batch in train mode.
@@ -49,7 +49,9 @@ def paper_encoder(
     )
 
 
-def paper_decoder(latent_dim: int, likelihood: Head, context_features: int = 0) -> ConvDecoder:
+def paper_decoder(
+    latent_dim: int, likelihood: Head, context_features: int | None = 0
+) -> ConvDecoder:
     r"""The decoder of the paper's public code: 512, 256, 128 or 512, 512, 512, 256 channels.
 
     SELU, with BatchNorm at 32 pixels and without a norm at 64. Layers have biases, which that code
@@ -60,7 +62,7 @@ def paper_decoder(latent_dim: int, likelihood: Head, context_features: int = 0) 
     Arguments:
         latent_dim: The dimension D of the latent.
         likelihood: The likelihood, for images of 32 or 64 pixels.
-        context_features: The number of features of the context.
+        context_features: The number of features of the context, ``None`` to ignore it.
 
     Returns:
         The decoder.

@@ -118,7 +118,7 @@ class ResNetEncoder(nn.Module):
         num_blocks: The number of residual blocks per resolution.
         min_scale: The lower bound of s(x), in the units of the latent.
         max_scale: The upper bound of s(x), in the units of the latent.
-        context_features: The number of features :math:`F` of the context.
+        context_features: The number of features :math:`F` of the context, ``None`` to ignore it.
 
     Raises:
         ValueError: If an argument is not as above.
@@ -139,7 +139,7 @@ class ResNetEncoder(nn.Module):
         min_scale: float = 1e-4,
         max_scale: float = 1e2,
         *,
-        context_features: int = 0,
+        context_features: int | None = 0,
     ):
         super().__init__()
         self.image_shape = tuple(image_shape)
@@ -151,7 +151,7 @@ class ResNetEncoder(nn.Module):
         self.context_features, self.pad = context_features, ladder.pad
 
         layers: list[nn.Module] = []
-        before = self.image_shape[0] + context_features
+        before = self.image_shape[0] + (context_features or 0)
         for after in ladder.channels:
             layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
             layers += [ResidualBlock2d(after) for _ in range(num_blocks)]
@@ -192,7 +192,7 @@ class ResNetDecoder(nn.Module):
         likelihood: The likelihood that reads the maps; its ``image_shape`` is the decoder's.
         width: The number of channels before the last doubling, as in :class:`ResNetEncoder`.
         num_blocks: The number of residual blocks per resolution.
-        context_features: The number of features :math:`F` of the context.
+        context_features: The number of features :math:`F` of the context, ``None`` to ignore it.
 
     Raises:
         ValueError: If an argument is not as above.
@@ -205,7 +205,7 @@ class ResNetDecoder(nn.Module):
         width: int = 32,
         num_blocks: int = 1,
         *,
-        context_features: int = 0,
+        context_features: int | None = 0,
     ):
         super().__init__()
         self.latent_shape = as_shape("latent_shape", latent_shape)
@@ -215,7 +215,7 @@ class ResNetDecoder(nn.Module):
         self.pad = [-p for p in ladder.pad]
 
         before, *rest = reversed(ladder.channels)
-        inputs = self.latent_shape[0] + context_features
+        inputs = self.latent_shape[0] + (context_features or 0)
         layers: list[nn.Module] = [nn.Conv2d(inputs, before, 3, padding=1)]
         if len(self.latent_shape) == 1:
             first = nn.Linear(inputs, before * math.prod(ladder.sides))
@@ -248,13 +248,14 @@ class ResNetDecoder(nn.Module):
         return self.likelihood(maps.reshape(*batch, *maps.shape[1:]))
 
 
-def with_maps(images: Tensor, c: Tensor | None, context_features: int) -> Tensor:
+def with_maps(images: Tensor, c: Tensor | None, context_features: int | None) -> Tensor:
     r"""Returns images with the features of a context as further, constant channels.
 
     Arguments:
         images: The images, with shape :math:`(*, B, C, H, W)`.
         c: The context, with shape :math:`(B, F)`, or ``None`` if F = 0.
-        context_features: The number of features F that the network was made for.
+        context_features: The number of features F that the network was made for, ``None`` to
+            ignore the context.
     """
     # Contexts are joined to the last dimension.
     features = images.movedim(-3, -1)

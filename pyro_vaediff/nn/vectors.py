@@ -45,17 +45,20 @@ def check_scales(min_scale: float, max_scale: float) -> None:
         raise ValueError(f"need 0 < min_scale < max_scale < inf, got {min_scale=} and {max_scale=}")
 
 
-def with_context(features: Tensor, c: Tensor | None, context_features: int) -> Tensor:
+def with_context(features: Tensor, c: Tensor | None, context_features: int | None) -> Tensor:
     r"""Returns features and context side by side.
 
     Arguments:
         features: The features, with shape :math:`(*, B, L)`.
         c: The context, with shape :math:`(B, F)`, or ``None`` if F = 0.
-        context_features: The number of features F that the network was made for.
+        context_features: The number of features F that the network was made for, ``None`` to
+            ignore the context.
 
     Raises:
         ValueError: If the context has another number of features.
     """
+    if context_features is None:
+        return features
     given = 0 if c is None else c.shape[-1]
     if given != context_features:
         raise ValueError(

@@ -2,6 +2,7 @@ r"""Priors :math:`p(z_0)`, each a pair of Pyro programs."""
 
 from .base import Prior, SiteInfer
 from .diffusion import DiffusionPrior
+from .exemplar import AggregatePrior, ExemplarPrior
 from .few_steps import fit_variances, optimal_steps, step_costs
 from .flow import FlowPrior
 from .gaussian import GaussianPrior
@@ -12,14 +13,17 @@ PRIORS: dict[str, type[Prior]] = {
     "gaussian": GaussianPrior,
     "mixture": MixturePrior,
     "vamp": VampPrior,
+    "exemplar": ExemplarPrior,
     "flow": FlowPrior,
     "diffusion": DiffusionPrior,
 }
 
 __all__ = [
     "PRIORS",
+    "AggregatePrior",
     "ConditionalGaussianPrior",
     "DiffusionPrior",
+    "ExemplarPrior",
     "FlowPrior",
     "GaussianPrior",
     "HierarchicalPrior",

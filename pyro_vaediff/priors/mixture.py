@@ -66,14 +66,30 @@ class GaussianMixture(dist.MixtureSameFamily):
     r"""A mixture of factorized Gaussians, whose log-density takes two matrix products.
 
     The exponent of a Gaussian is linear in :math:`(z^2, z)`. No tensor of shape :math:`(B, K, D)`
-    is made, which for hundreds of components would cost more than a small VAE.
+    is made, which for hundreds of components would cost more than a small VAE. A sample takes that
+    of one component.
+
+    Arguments:
+        weights: The weights of the components, of which there may be a batch.
+        components: The :math:`K` components, which are those of the whole batch.
     """
+
+    def __init__(self, weights: dist.Categorical, components: dist.Independent):
+        super().__init__(weights, components)
+        self._batch_shape = weights.batch_shape
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008  (as in torch)
+        with torch.no_grad():
+            k = self.mixture_distribution.sample(sample_shape)
+            normals = self.component_distribution.base_dist
+            return torch.normal(normals.loc[k], normals.scale[k])
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        normals, value = self.component_distribution.base_dist, value.flatten(-self.event_dim)
+        normals = self.component_distribution.base_dist
         loc, scale = normals.loc.flatten(1), normals.scale.flatten(1)
+        value = value.flatten(-self.event_dim).to(loc.dtype)
         precision = scale.square().reciprocal()
         # In half precision, as autocast has it, the exponent would be wrong by many nats.
         with torch.autocast(value.device.type, enabled=False):

@@ -9,8 +9,10 @@ from torch import nn
 from ..denoise import REVERSE_VARIANCES
 from ..likelihoods import AUTOREGRESSIVE, Likelihood, make_likelihood
 from ..nn import (
+    POSTERIOR_FLOWS,
     ConvDecoder,
     ConvEncoder,
+    FlowEncoder,
     LadderEncoder,
     LadderStep,
     MLPDecoder,
@@ -27,6 +29,7 @@ from ..priors import (
     PRIORS,
     ConditionalGaussianPrior,
     DiffusionPrior,
+    ExemplarPrior,
     FlowPrior,
     HierarchicalPrior,
     MixturePrior,
@@ -36,6 +39,7 @@ from ..priors import (
 from ..schedules import LearnedSchedule, LinearSchedule, Schedule, make_schedule
 from ..vae import VAE
 from .config import ModelConfig
+from .model_config import ENCODED
 
 __all__ = ["make_prior", "make_vae"]
 
@@ -51,9 +55,11 @@ def make_prior(config: ModelConfig) -> Prior:
     shape, width = config.event_shape, config.prior_width
     if config.prior == "mixture":
         return MixturePrior(shape, config.num_components)
+    if config.prior in ENCODED and config.num_classes:
+        raise ValueError(f"prior={config.prior!r} takes no labels: leave out condition")
+    if config.prior == "exemplar":
+        return ExemplarPrior(shape, config.num_data, config.num_components)
     if config.prior == "vamp":
-        if config.num_classes:
-            raise ValueError("prior='vamp' takes no labels: leave out condition")
         likelihood = make_likelihood(config.likelihood, tuple(config.image_shape), config.levels)
         support = likelihood.space(config.levels).support
         return VampPrior(None, shape, config.image_shape, config.num_components, support)
@@ -124,7 +130,9 @@ def make_path(config: ModelConfig) -> list[LadderStep]:
 def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Module, nn.Module]:
     r"""Returns the encoder and the decoder of a configuration."""
     image_shape, shape, width = tuple(config.image_shape), config.event_shape, config.width
-    features, blocks = config.num_classes, config.num_blocks
+    # An exemplar prior alone is told the number of a training image.
+    features = None if config.prior == "exemplar" else config.num_classes
+    blocks = config.num_blocks
     if config.latent_groups:
         encoder = LadderEncoder(image_shape, config.groups, width, blocks)
         state = (width, *encoder.sides[-1])
@@ -132,7 +140,10 @@ def make_networks(config: ModelConfig, likelihood: Likelihood) -> tuple[nn.Modul
     if config.networks == "paper":
         if config.num_classes:
             raise ValueError("networks='paper' take no labels: leave out condition")
-        return paper_encoder(image_shape, shape[0]), paper_decoder(shape[0], likelihood)
+        return (
+            paper_encoder(image_shape, shape[0], features),
+            paper_decoder(shape[0], likelihood, features),
+        )
     if config.networks == "mlp":
         return (
             MLPEncoder(image_shape, shape[0], gated=True, context_features=features),
@@ -157,4 +168,10 @@ def make_vae(config: ModelConfig) -> VAE:
     encoder, decoder = make_networks(config, likelihood)
     if config.noise_log_snr is not None:
         encoder = NoiseMatched(encoder, config.noise_log_snr)
-    return VAE(encoder, decoder, make_prior(config), likelihood.space(config.levels))
+    prior = make_prior(config)
+    # Made last, so that everything else starts as with a Gaussian posterior.
+    if config.posterior != "gaussian":
+        event, context = config.event_shape, 2 * prior.latent_dim
+        flow = POSTERIOR_FLOWS[config.posterior](event, context, config.posterior_flows)
+        encoder = FlowEncoder(encoder, flow)
+    return VAE(encoder, decoder, prior, likelihood.space(config.levels))

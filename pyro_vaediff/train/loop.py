@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..data import ImageData
 from ..evaluate import evaluate, preprocess, value_elbo
 from ..files import remove_unfinished
 from ..infer import Estimator
-from ..priors import GaussianPrior
+from ..priors import ExemplarPrior, GaussianPrior
 from ..vae import VAE
 from . import distributed
 from .build import make_vae
@@ -103,6 +104,8 @@ class Trainer(SavedRun):
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.vae, self.elbo = vae.to(self.device, self.dtype), elbo
         self.data = Splits.of(data, labels)
+        if isinstance(vae.prior, ExemplarPrior):
+            self.data = self.data.numbered(len(vae.prior.loc))
         self.model_config, self.on_epoch, self.on_step = model_config, on_epoch, on_step
         self.out = None if out is None else Path(out)
         self.snapshots = frozenset(snapshots)
@@ -156,6 +159,8 @@ class Trainer(SavedRun):
             args: Further arguments of :class:`Trainer`, from ``device`` on.
             kwargs: Further keyword arguments of :class:`Trainer`.
         """
+        if model_config.prior == "exemplar":
+            model_config = replace(model_config, num_data=len(data.train))
         for name, mine, theirs in (
             ("image_shape", tuple(model_config.image_shape), data.image_shape),
             ("levels", model_config.levels, data.levels),

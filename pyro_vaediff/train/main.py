@@ -120,6 +120,7 @@ class Config:
                 f"{self.elbo.estimator!r} and {self.elbo.weighting!r}"
             )
         self.report.check_use(self.model)
+        self.model.check_objective(self.elbo.conditioning, self.train.tc_weight)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Config:
@@ -251,7 +252,9 @@ def run(config: Config, device: torch.device) -> None:
     if config.run.resume:
         trainer.resume()
 
-    settings = asdict(model) | asdict(config.train) | {"estimator": name} | options
+    settings = (
+        asdict(trainer.model_config or model) | asdict(config.train) | {"estimator": name} | options
+    )
     settings |= {"dataset": config.data.dataset, "groups": data.groups}
     settings |= {"device": str(device), "processes": distributed.size()}
     settings |= {"deterministic": config.run.deterministic, "torch": torch.__version__}

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from ..arguments import as_shape
 from ..denoise import PARAMETERIZATIONS, REVERSE_VARIANCES
 from ..likelihoods import AUTOREGRESSIVE, LIKELIHOODS
-from ..nn import BACKBONES, FLOWS, check_kernel_sizes, check_latent_groups, check_latent_shape
+from ..nn import (
+    BACKBONES,
+    FLOWS,
+    POSTERIOR_FLOWS,
+    check_kernel_sizes,
+    check_latent_groups,
+    check_latent_shape,
+)
 from ..priors import PRIORS
 from ..schedules import SCHEDULES
 from .options import Checked, choice, number, option, whole
@@ -19,6 +26,8 @@ __all__ = ["DENOISERS", "ModelConfig", "parse_shape"]
 #: The denoisers that a configuration knows, which are the backbones and a preconditioned one.
 DENOISERS = (*BACKBONES, "preconditioned")
 Users = dict[str, tuple[str, ...]]
+#: The priors that are made of encodings of images.
+ENCODED = ("vamp", "exemplar")
 DIFFUSION: Users = {"prior": ("diffusion",)}  # who has a use for an option
 
 
@@ -27,7 +36,8 @@ class ModelConfig(Checked):
     r"""What determines the architecture of a VAE; a checkpoint carries it.
 
     Beside the options, it has the shape :math:`(C, H, W)` and the number of ``levels`` of the
-    images, and the number of classes of the labels that it is given, 0 for none.
+    images, the number of classes of the labels that it is given, 0 for none, and the number of
+    training data of an exemplar prior.
     """
 
     prior: str = option("diffusion", "the prior", choice(PRIORS))
@@ -59,11 +69,20 @@ class ModelConfig(Checked):
     )
     width: int = option(32, "channels of the first convolution", whole())
     num_blocks: int = option(1, "residual blocks per resolution of a resnet", whole())
+    posterior: str = option(
+        "gaussian",
+        "the encoder's; iaf and coupling are flows of the Gaussian one",
+        choice(("gaussian", *POSTERIOR_FLOWS)),
+    )
+    posterior_flows: int = option(
+        4, "steps of its flow", whole(), of={"posterior": tuple(POSTERIOR_FLOWS)}
+    )
     num_components: int = option(
         500,
-        "components of a mixture, pseudo-inputs of a VampPrior",
+        "components of a mixture, pseudo-inputs of a VampPrior, training images that an exemplar "
+        "prior takes for a step, at most all",
         whole(),
-        of={"prior": ("mixture", "vamp")},
+        of={"prior": ("mixture", "vamp", "exemplar")},
     )
     flow: str = option(
         "autoregressive",
@@ -114,6 +133,7 @@ class ModelConfig(Checked):
         of=DIFFUSION,
     )
     num_classes: int = 0
+    num_data: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +165,12 @@ class ModelConfig(Checked):
                 f"group_priors='every' needs denoisers with images as context, got "
                 f"{self.denoiser!r}: leave denoiser out"
             )
-        if self.latent_groups and self.prior == "vamp":
-            raise ValueError("prior='vamp' has no hierarchy: its encoder would need one of its own")
+        if self.latent_groups and self.prior in ENCODED:
+            raise ValueError(
+                f"prior={self.prior!r} has no hierarchy: it is made of encodings of single groups"
+            )
+        if self.posterior != "gaussian":
+            self.check_posterior()
         _ = self.event_shape, self.groups  # which are checked as they are read
 
     @property
@@ -160,6 +184,29 @@ class ModelConfig(Checked):
     def groups(self) -> list[tuple[int, ...]]:
         r"""The shapes of the groups of a hierarchy; empty if there is none."""
         return [parse_shape(text) for text in self.latent_groups]
+
+    def check_posterior(self) -> None:
+        r"""Raises a ``ValueError`` if something needs a Gaussian posterior."""
+        for name, given in (
+            ("latent_groups", bool(self.latent_groups)),
+            ("noise_log_snr", self.noise_log_snr is not None),
+            ("prior", self.prior in ENCODED),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs a Gaussian q(z_0 | x), got posterior="
+                    f"{self.posterior!r}: leave one of them out"
+                )
+
+    def check_objective(self, conditioning: str, tc_weight: float) -> None:
+        r"""Raises a ``ValueError`` if an objective needs a Gaussian posterior, and has none."""
+        given = {"conditioning": (conditioning, "z_0"), "tc_weight": (tc_weight, 1.0)}
+        for name, (value, legal) in given.items():
+            if self.posterior != "gaussian" and value != legal:
+                raise ValueError(
+                    f"{name}={value!r} needs a Gaussian q(z_0 | x), got posterior="
+                    f"{self.posterior!r}: give {name}={legal!r}"
+                )
 
     def check_sizes(self) -> None:
         r"""Raises a ``ValueError`` unless the networks have such latents of images of that size."""

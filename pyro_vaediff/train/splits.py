@@ -3,7 +3,7 @@ r"""The data of a training run: a training and a validation split, with or witho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,3 +115,20 @@ class Splits:
                 f"shape (N, ...) or a pair (x, c) of such, got {type(data).__name__}"
             ) from None
         return cls(train, validation)
+
+    def numbered(self, num_data: int) -> Splits:
+        r"""Returns the splits with the numbers of the training data as their context, for a prior
+        that leaves each datum's own component out.
+
+        Arguments:
+            num_data: The number of training data that the prior was made for.
+        """
+        if self.train.c is not None:
+            raise ValueError("an ExemplarPrior takes no context but its own: leave out labels")
+        if len(self.train) != num_data:
+            raise ValueError(
+                f"num_data of an ExemplarPrior must be the number of training data, "
+                f"{len(self.train)}, got {num_data}"
+            )
+        numbers = torch.arange(len(self.train), device=self.train.x.device).unsqueeze(1)
+        return replace(self, train=Split(self.train.x, numbers))
