@@ -13,7 +13,8 @@ For each run directory, on test images of its data set:
 - ELBO surgery: the mean KL as the mutual information of x and z_0, and the KL divergence of the
   aggregate posterior from the prior; and the number of active units;
 - the negative ELBO of the images of log p(x) with the aggregate posterior of *all training images*
-  as the prior: a bound as well, and the natural ceiling of the learned priors of that encoder.
+  as the prior: a bound as well. On the training images no prior of that encoder is above it; on
+  others it is where learned priors head for, and no strict limit.
 
 What a model has no closed form for is left out, and it says so: both of the latter with a posterior
 that is an inverse autoregressive flow, and the last one with any flow.
