@@ -3,7 +3,7 @@ r"""Estimators of the ELBO, and checks of when they are valid."""
 from .antithetic import Antithetic
 from .checks import check_mean_field
 from .collapse import CollapseChain
-from .factory import ESTIMATORS, make_elbo, particle_options
+from .factory import ESTIMATORS, MULTI_SAMPLE, make_elbo, particle_options
 from .multi_sample import (
     CIWAE_ELBO,
     IWAE_ELBO,
@@ -43,6 +43,7 @@ __all__ = [
     "ESTIMATORS",
     "IWAE_ELBO",
     "MIWAE_ELBO",
+    "MULTI_SAMPLE",
     "PIWAE_ELBO",
     "PROPOSALS",
     "REWEIGHTINGS",
