@@ -14,13 +14,13 @@ has three parts: that of the model, the *score* and the *path* of the guide,
 
 An estimator is a bound and the numbers :math:`s_k` and :math:`a_k`:
 
-=============================== ============== ====================
-gradient                        score          path
-=============================== ============== ====================
-:class:`Gradient`               :math:`c_k`    :math:`c_k`
-:class:`StickingTheLanding`     0              :math:`c_k`
-:class:`DoublyReparameterized`  0              :math:`c_k - c'_k`
-=============================== ============== ====================
+==================================================== ============ ===================
+gradient                                             score        path
+==================================================== ============ ===================
+:class:`~pyro_vaediff.infer.Gradient`                :math:`c_k`  :math:`c_k`
+:class:`~pyro_vaediff.infer.StickingTheLanding`      0            :math:`c_k`
+:class:`~pyro_vaediff.infer.DoublyReparameterized`   0            :math:`c_k - c'_k`
+==================================================== ============ ===================
 
 References:
     | Importance Weighted Autoencoders (Burda et al., 2016)
