@@ -62,7 +62,7 @@ from pyro_vaediff.vae import VAE
 Row = dict[str, Any]
 BOUNDS: dict[str, Callable[..., MultiSampleELBO]] = {
     "IWAE": IWAE_ELBO,
-    "PIWAE, 8 groups": lambda num_particles, **options: PIWAE_ELBO(
+    "PIWAE, up to 8 groups": lambda num_particles, **options: PIWAE_ELBO(
         math.gcd(8, num_particles), num_particles, **options
     ),
     "STL (biased)": STL_IWAE_ELBO,
