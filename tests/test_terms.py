@@ -12,7 +12,13 @@ from errors import one_line_value_error
 from pyro_vaediff import VAE, FlowPrior, GaussianPrior, Timestep_ELBO, TraceKL_ELBO
 from pyro_vaediff.data import load
 from pyro_vaediff.evaluate import evaluate, kl_by_timestep, preprocess
-from pyro_vaediff.infer import check_mean_field, elbo_terms, make_elbo
+from pyro_vaediff.infer import (
+    DReG_ELBO,
+    check_mean_field,
+    elbo_terms,
+    make_elbo,
+    particle_options,
+)
 from pyro_vaediff.testing import LinearGaussian, Oracle, linear_gaussian_vae
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig
@@ -164,5 +170,7 @@ def test_estimators_by_name():
     assert (elbo.collapse.k, elbo.collapse.conditioning) == (3, "x")
     for name, kind in (("trace", "Trace_ELBO"), ("trace-kl", "TraceKL_ELBO")):
         assert type(make_elbo(name, k=3)).__name__ == kind
-    with one_line_value_error("unknown estimator 'iwae': choose one of timestep, trace, trace-kl"):
-        make_elbo("iwae")
+    elbo = make_elbo("dreg", k=3, entropy="path", **particle_options(4))
+    assert type(elbo) is DReG_ELBO and elbo.num_particles == 4 and elbo.vectorize_particles
+    with one_line_value_error("unknown estimator 'vr': choose one of timestep, trace, trace-kl, i"):
+        make_elbo("vr")

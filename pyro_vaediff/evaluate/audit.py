@@ -23,7 +23,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import nn
 
 from ..arguments import check_choice
-from ..infer import Reweighted, Timestep_ELBO, TraceKL_ELBO
+from ..infer import IWAE_ELBO, Reweighted, Timestep_ELBO, TraceKL_ELBO
 from ..priors import DiffusionPrior, HierarchicalPrior, Prior
 from ..sampling.probability_flow import ProbabilityFlow
 from ..vae import VAE
@@ -175,6 +175,8 @@ def of_elbo(prior: Prior | None, elbo: ELBO | None = None) -> Audit:
         return entry(kind, of, "from all timesteps" if elbo.proposal is None else some)
     if isinstance(elbo, TraceKL_ELBO):
         return entry("ELBO", of, "with KLs in closed form where they are legal")
+    if isinstance(elbo, IWAE_ELBO):
+        return of_samples(of, num_samples=elbo.num_particles)
     if type(elbo) in SAMPLED:
         return entry("ELBO", of, f"from {count(elbo.num_particles, 'draw')} of all sites per datum")
     raise ValueError(

@@ -8,13 +8,18 @@ from typing import Any
 from pyro.infer import Trace_ELBO
 
 from ..arguments import check_choice, check_whole
+from .multi_sample import IWAE_ELBO, DReG_ELBO
 from .reweighted import Reweighted
 from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import TraceKL_ELBO
 
-__all__ = ["ESTIMATORS", "make_elbo", "particle_options"]
+__all__ = ["ESTIMATORS", "MULTI_SAMPLE", "make_elbo", "particle_options"]
 
-ESTIMATORS = {"timestep": Timestep_ELBO, "trace": Trace_ELBO, "trace-kl": TraceKL_ELBO}
+#: Bounds of many samples.
+MULTI_SAMPLE: dict[str, Any] = {"iwae": IWAE_ELBO, "dreg": DReG_ELBO}
+ESTIMATORS: dict[str, Any] = {
+    "timestep": Timestep_ELBO, "trace": Trace_ELBO, "trace-kl": TraceKL_ELBO, **MULTI_SAMPLE
+}  # fmt: skip
 
 
 def particle_options(num_particles: int) -> dict[str, Any]:
@@ -37,7 +42,8 @@ def make_elbo(name: str, weighting: str = "elbo", **options: Any) -> Trace_ELBO:
     r"""Returns the estimator of that name.
 
     Arguments:
-        name: ``"timestep"``, ``"trace"`` or ``"trace-kl"``.
+        name: ``"timestep"``, ``"trace"`` or ``"trace-kl"``; or a bound of many samples, ``"iwae"``
+            or ``"dreg"``.
         weighting: ``"elbo"``, or the name of a :class:`Reweighted` objective, which is no bound.
         options: Keyword arguments of :class:`Timestep_ELBO`, of which the others take those that
             they have: they have no timesteps to choose.

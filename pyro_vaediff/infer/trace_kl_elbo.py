@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.infer import Trace_ELBO
-from pyro.infer.util import is_validation_enabled, torch_item
-from pyro.poutine import Trace, replay, trace
-from pyro.poutine.runtime import Message
-from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
+from pyro.poutine import Trace
+from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ..arguments import check_choice, check_whole
 from ..diffusion import base_normal, kl_normal
 from .antithetic import Antithetic
+from .traced import TracedELBO, check_reparameterized, sites, unscaled_log_prob
 
 __all__ = ["Term", "TermsELBO", "TraceKL_ELBO"]
 
@@ -45,8 +42,8 @@ class Term(NamedTuple):
     site: dict[str, Any]
 
 
-class TermsELBO(Trace_ELBO):
-    r"""An estimator that is a sum of terms: all of Pyro's ways to ask for a loss lead to them."""
+class TermsELBO(TracedELBO):
+    r"""An estimator that is a sum of terms."""
 
     def particles(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
@@ -86,18 +83,6 @@ class TermsELBO(Trace_ELBO):
         loss = sum(self.terms(model, guide, *args, **kwargs).values(), torch.zeros(()))
         warn_if_nan(loss, "loss")
         return loss
-
-    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        r"""Returns an estimate of the negative ELBO."""
-        with torch.no_grad():
-            return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        r"""Returns an estimate of the negative ELBO, and adds its gradient to the parameters'."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return torch_item(loss)
 
 
 class TraceKL_ELBO(TermsELBO):
@@ -155,36 +140,12 @@ class TraceKL_ELBO(TermsELBO):
         self.antithetic = antithetic
         self.entropy = entropy
 
-    def _guess_max_plate_nesting(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> None:
-        # Pyro runs the programs for it: that must not change what is drawn afterwards, or a run
-        # that is resumed would differ from one that was not stopped.
-        devices = {x.device for x in args if isinstance(x, Tensor) and x.is_cuda}
-        with torch.random.fork_rng(devices=list(devices)):
-            super()._guess_max_plate_nesting(model, guide, args, kwargs)
-
     def _get_trace(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
     ) -> tuple[Trace, Trace]:
-        # As in Pyro, but without log-densities: only the sites that need one compute it.
         if self.antithetic:
             guide = Antithetic(*self.mirrored_plates)(guide)
-        guide_trace = trace(guide).get_trace(*args, **kwargs)
-        model_trace = trace(replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        for name, site in sites(model_trace).items():
-            if site["type"] == "sample" and not site["is_observed"]:
-                check_guide_has(name, guide_trace)
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-        model_trace = prune_subsample_sites(model_trace)
-        guide_trace = prune_subsample_sites(guide_trace)
-        if is_validation_enabled():
-            for site in [*sites(model_trace).values(), *sites(guide_trace).values()]:
-                if site["type"] == "sample":
-                    site = site | {"log_prob": unscaled_log_prob(site)}
-                    check_site_shape(cast(Message, site), self.max_plate_nesting)
-        return model_trace, guide_trace
+        return super()._get_trace(model, guide, args, kwargs)
 
     def particles(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
@@ -223,20 +184,6 @@ class TraceKL_ELBO(TermsELBO):
                 yield Term(f"-H[{name}]", negative_entropy(site, self.entropy), "entropy", site)
 
 
-def sites(trace: Trace) -> dict[str, dict[str, Any]]:
-    r"""Returns the sites of a trace, of whose ``infer`` Pyro's types know Pyro's entries only."""
-    return cast("dict[str, dict[str, Any]]", trace.nodes)
-
-
-def check_guide_has(name: str, guide_trace: Trace) -> None:
-    r"""Raises a ``ValueError`` unless the guide has a latent site of the model."""
-    if name not in guide_trace.nodes:
-        raise ValueError(
-            f"the guide has no site {name!r}, which the model samples: with a diffusion prior, the "
-            "guide must call prior.guide(q_z0); for an AutoGuide use pyro.infer.Trace_ELBO"
-        )
-
-
 def closed_form_kl(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:
     r"""Returns :math:`\mathrm{KL}(q \,\|\, p)`, or ``None`` where no closed form is known."""
     normal_q, normal_p = base_normal(q), base_normal(p)
@@ -246,10 +193,6 @@ def closed_form_kl(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:
         return kl_divergence(q, p)
     except NotImplementedError:  # such as of a flow; the sampled form is legal as well
         return None
-
-
-def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
-    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
 def log_prob(site: dict[str, Any]) -> Tensor:
@@ -269,14 +212,6 @@ def negative_entropy(site: dict[str, Any], entropy: str) -> Tensor:
         except NotImplementedError:
             value = unscaled_log_prob(site)
     return scale_and_mask(value, site["scale"], site["mask"])
-
-
-def check_reparameterized(site: dict[str, Any]) -> None:
-    if not getattr(site["fn"], "has_rsample", False):
-        raise ValueError(
-            f"site {site['name']!r} is not reparameterized ({type(site['fn']).__name__}): its "
-            f"gradient needs a score function, use Pyro's Trace_ELBO or TraceGraph_ELBO"
-        )
 
 
 def per_datum(terms: Iterable[Term]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..arguments import check_nonnegative, check_seed
 from ..data import DATASETS
 from ..evaluate import EXTRACTORS
-from ..infer import ESTIMATORS, PROPOSALS, REWEIGHTINGS
+from ..infer import ESTIMATORS, MULTI_SAMPLE, PROPOSALS, REWEIGHTINGS
 from ..sampling import SAMPLERS
 from .model_config import DIFFUSION, ModelConfig, Users
 from .options import Checked, choice, number, option, positive, whole
@@ -62,7 +62,8 @@ class EstimatorConfig(Checked):
     estimator: str = option(
         "timestep",
         "timestep: from k timesteps per datum; trace: Pyro's Trace_ELBO, all T sites; trace-kl: "
-        "all T sites, closed-form KLs",
+        "all T sites, closed-form KLs; iwae, dreg: the importance-weighted bound of num_particles "
+        "draws of all T sites, with its plain or its doubly reparameterized gradient",
         choice(ESTIMATORS),
     )
     timesteps: str = option(
@@ -90,6 +91,11 @@ class EstimatorConfig(Checked):
         if self.weighting != "elbo" and self.conditioning == "x":
             raise ValueError(
                 f"weighting={self.weighting!r} is defined for conditioning='z_0', got 'x'"
+            )
+        if self.estimator in MULTI_SAMPLE and self.num_particles == 1:
+            raise ValueError(
+                f"estimator={self.estimator!r} of one particle is the ELBO: give num_particles, "
+                "such as 8"
             )
 
 

@@ -47,7 +47,7 @@ from ..data import ImageData, load
 from ..denoise import REVERSE_VARIANCES
 from ..evaluate import Extractor, load_extractor, value_elbo
 from ..files import check_folder, write_json
-from ..infer import make_elbo, particle_options
+from ..infer import MULTI_SAMPLE, make_elbo, particle_options
 from ..nn import check_image_size
 from . import distributed
 from .config import DataConfig, EstimatorConfig, ModelConfig, ReportConfig, RunConfig, TrainConfig
@@ -118,6 +118,11 @@ class Config:
             raise ValueError(
                 "num_timesteps='continuous' needs estimator='timestep' and weighting='elbo', got "
                 f"{self.elbo.estimator!r} and {self.elbo.weighting!r}"
+            )
+        if self.train.prior_epochs and self.elbo.estimator in MULTI_SAMPLE:
+            raise ValueError(
+                f"prior_epochs={self.train.prior_epochs} have no data to weight the particles by, "
+                f"which estimator={self.elbo.estimator!r} needs: leave them out"
             )
         self.report.check_use(self.model)
         self.model.check_objective(self.elbo.conditioning, self.train.tc_weight)
