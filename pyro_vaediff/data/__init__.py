@@ -16,6 +16,9 @@ name               images                 train / validation / test    on disk, 
 ``folder``           any                    yours, or 80 / 10 / 10 %     ``root`` itself
 =================  =====================  ===========================  ====================
 
+The files of MNIST and Fashion-MNIST are read unpacked (``*-ubyte``) or as they are downloaded
+(``*-ubyte.gz``).
+
 The test split is the official one. The validation split is CelebA's own or, elsewhere, a seeded
 tenth of the official train split, or as many of its images as one asks for. CelebA's three splits
 share no person.

@@ -2,8 +2,11 @@ r"""Image files, decoded into one ``uint8`` array."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from ..files import describe_error
 
 # Files with these names are images. Pillow cannot read all of them everywhere (HEIC needs a
 # plugin), but then the user hears of it, rather than training without these images.
@@ -158,6 +163,34 @@ def _decode_files(
     if channels is None and all((image == image[:1]).all() for image in images):
         images = images[:, :1].copy()
     return images
+
+
+def read_idx(path: Path) -> np.ndarray:
+    r"""Returns the array of bytes of a file in the format of MNIST (IDX), gzipped or not.
+
+    Arguments:
+        path: The file. It is unpacked in memory, so that its folder may be read-only.
+
+    Raises:
+        ValueError: If it is damaged.
+
+    References:
+        | The MNIST database of handwritten digits (LeCun et al., 1998)
+        | http://yann.lecun.com/exdb/mnist/
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        magic, dims = divmod(struct.unpack_from(">I", content)[0], 256)
+        if magic != 8:
+            raise ValueError("it does not begin as an array of bytes does")
+        shape = struct.unpack_from(f">{dims}I", content, 4)
+        return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * dims).reshape(shape)
+    except (EOFError, ValueError, struct.error, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{shown(path)} is damaged, replace it: {describe_error(error)}"
+        ) from error
 
 
 def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np.ndarray:
