@@ -57,7 +57,7 @@ def test_digits():
 
 @pytest.mark.parametrize("options", [{"image_size": 16}, {"channels": 3}])
 def test_digits_are_not_converted(options):
-    with pytest.raises(ValueError, match="8x8 grey"):
+    with pytest.raises(ValueError, match="8x8 gray"):
         load("digits", **options)
 
 

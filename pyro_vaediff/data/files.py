@@ -105,7 +105,7 @@ def decode_files(
         paths: The :math:`N` files, at least one.
         image_size: The side :math:`S` that images are resized and cropped to, in pixels; by
             default they must all have the same size, which is one of ``NATIVE_SIZES``.
-        channels: The number of channels :math:`C`; by default 1 if all pixels are grey, else 3.
+        channels: The number of channels :math:`C`; by default 1 if all pixels are gray, else 3.
         description: The label of the progress bar.
 
     Returns:
@@ -201,7 +201,7 @@ def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np
     Arguments:
         image: An image.
         image_size: The side :math:`S` of the result, in pixels, or ``None`` to keep the size.
-        channels: The number of channels :math:`C`, 1 (grey) or 3 (RGB).
+        channels: The number of channels :math:`C`, 1 (gray) or 3 (RGB).
 
     Returns:
         A ``uint8`` array with shape :math:`(C, S, S)`.
@@ -231,7 +231,7 @@ def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    r"""Returns an image with 16-bit grey rounded to 8 bits, which Pillow itself would clip."""
+    r"""Returns an image with 16-bit gray rounded to 8 bits, which Pillow itself would clip."""
     # Some versions of Pillow open 16-bit PNG and PGM files in the 32-bit mode.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         pixels = np.asarray(image).astype(np.int64)

@@ -42,7 +42,7 @@ def digits(*, image_size: int | None, channels: int | None, limit: int | None, s
     r"""Returns the 1797 handwritten digits of scikit-learn, 8x8 with values 0..16."""
     if image_size not in (None, 8) or channels not in (None, 1):
         raise ValueError(
-            "the digits are 8x8 grey images: leave out image_size and channels, "
+            "the digits are 8x8 gray images: leave out image_size and channels, "
             f"not image_size={image_size}, channels={channels}"
         )
     from sklearn.datasets import load_digits
