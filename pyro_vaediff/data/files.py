@@ -76,7 +76,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    r"""Returns whether a file is an image of one of the common formats."""
+    r"""Returns ``True`` for a file that is an image of one of the common formats."""
     Image.init()
     try:
         Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]).close()
