@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import exit_on_error, parse_device, provenance
@@ -52,6 +53,13 @@ QUANTITIES = {
     "active": "active units",
     "reconstruction": "-log p(x | z_0) (nats)",
     "elbo": "-ELBO (nats)",
+}
+# Told apart without colors, too: the first two lines lie upon each other.
+STYLES: dict[str, dict[str, Any]] = {
+    "denoising": {"linestyle": "-", "linewidth": 6, "alpha": 0.35},
+    "denoising+kl": {"linestyle": ":", "color": "black"},
+    "simple": {"linestyle": "-."},
+    "elbo": {"linestyle": "--"},
 }
 
 
@@ -155,7 +163,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 statistic([float(r[quantity]) for r in own if r["epoch"] == epoch]).mean
                 for epoch in epochs
             ]
-            axes.plot(epochs, means, "--" if name == "denoising+kl" else "-", label=name)
+            axes.plot(epochs, means, label=name, **STYLES[name])
         axes.set_xlabel("epoch")
         axes.set_title(label, fontsize="medium")
         axes.set_yscale("log" if quantity in ("mean", "scale") else "linear")
