@@ -6,7 +6,7 @@ import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from common import parse_device, provenance
@@ -23,6 +23,14 @@ from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer
 __all__ = ["Row", "Study", "latents"]
 
 Row = dict[str, float | str]
+# Told apart without colors, and where they lie upon each other.
+STYLES: list[dict[str, Any]] = [
+    {"linestyle": "-", "linewidth": 6, "alpha": 0.35},
+    {"linestyle": ":", "color": "black"},
+    {"linestyle": "-."},
+    {"linestyle": "--"},
+    {"linestyle": "-", "marker": "."},
+]
 
 
 @torch.no_grad()
@@ -124,14 +132,14 @@ class Study(ABC):
         shown = {q: label for q, label in self.quantities.items() if q not in self.hidden}
         figure, panels = slide("What becomes of the latents", len(shown))
         for axes, (quantity, label) in zip(panels, shown.items(), strict=True):
-            for variant, style in zip(self.variants, ("-", "--", "-.", ":", "-"), strict=False):
+            for variant, style in zip(self.variants, STYLES, strict=False):
                 own = [row for row in rows if row[self.key] == variant]
                 epochs = sorted({float(row["epoch"]) for row in own})
                 means = [
                     statistic([float(r[quantity]) for r in own if r["epoch"] == epoch]).mean
                     for epoch in epochs
                 ]
-                axes.plot(epochs, means, style, label=variant)
+                axes.plot(epochs, means, label=variant, **style)
             axes.set_xlabel("epoch")
             axes.set_title(label, fontsize="medium")
             axes.set_yscale("log" if quantity in self.logarithmic else "linear")

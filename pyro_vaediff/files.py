@@ -84,7 +84,7 @@ def write_csv(path: str | Path, records: list[dict[str, Any]]) -> None:
 
     Arguments:
         path: The path of the file.
-        records: The rows, at least one. What a row lacks, and others have, is left empty.
+        records: The rows, at least one. Where a row has no value for a column, its cell is empty.
     """
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
@@ -137,7 +137,7 @@ def check_folder(argument: str, path: str | Path) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    r"""Returns what is wrong in a file, on one line."""
+    r"""Returns the reason why a file cannot be used, on one line."""
     # With torch, it comes after the advice to load the file without precautions.
     _, unsafe, reason = str(error).rpartition("WeightsUnpickler error: ")
     reason = (reason.strip() or type(error).__name__).splitlines()[0].strip()

@@ -67,7 +67,7 @@ def register(name: str, module: nn.Module) -> nn.Module:
 
 
 def is_registered(parameter: Tensor) -> bool:
-    r"""Returns whether a tensor of a store is the parameter of a module."""
+    r"""Returns ``True`` if a tensor of a store is the parameter of a module."""
     reference = _registered.get(id(parameter))
     return reference is not None and reference() is parameter
 

@@ -165,7 +165,7 @@ def posterior(vae: VAE, x: Tensor, c: Tensor | None = None) -> Any:
 
 
 def checked(name: str, fn: Any) -> dist.TorchDistribution:
-    r"""Returns what a network has returned, if it is a distribution of Pyro's."""
+    r"""Returns the output of a network, if it is a distribution of Pyro's."""
     if isinstance(fn, dist.torch_distribution.TorchDistributionMixin):
         return fn
     raise ValueError(

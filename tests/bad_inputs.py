@@ -79,8 +79,8 @@ LIBRARY = [
     (lambda it: load("digits", limit=1.5), r"limit must be a whole number >= 1, got 1\.5"),
     (lambda it: load("digits", seed=-1), r"seed must be a whole number in \[0, 2\^63\), got -1"),
     (lambda it: load("digits", seed=2**63), "seed must be a whole number in .* got 9223.*"),
-    (lambda it: load("digits", channels=2), r"channels must be 1 \(grey\) or 3 \(RGB\), not 2"),
-    (lambda it: load("digits", image_size=16), "the digits are 8x8 grey images: leave out .*=16.*"),
+    (lambda it: load("digits", channels=2), r"channels must be 1 \(gray\) or 3 \(RGB\), not 2"),
+    (lambda it: load("digits", image_size=16), "the digits are 8x8 gray images: leave out .*=16.*"),
     (lambda it: load("folder", it.missing), "root='.*missing' is not a folder: give the folder .*"),
     (lambda it: load("folder", it.file), "root='.*file' is not a folder: give the folder of .*"),
     (

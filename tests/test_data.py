@@ -1,6 +1,8 @@
 r"""Data sets are read from the files that these tests write, in the official formats."""
 
+import gzip
 import os
+import struct
 from pathlib import Path
 from urllib.error import URLError
 
@@ -55,7 +57,7 @@ def test_digits():
 
 @pytest.mark.parametrize("options", [{"image_size": 16}, {"channels": 3}])
 def test_digits_are_not_converted(options):
-    with pytest.raises(ValueError, match="8x8 grey"):
+    with pytest.raises(ValueError, match="8x8 gray"):
         load("digits", **options)
 
 
@@ -201,6 +203,52 @@ def test_download_fails(tmp_path, monkeypatch, name, dataset, layout):
     assert str(tmp_path) in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"--dataset .*download=False.*not found.*put"):
         load(name, tmp_path, download=False)
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+@pytest.mark.parametrize("kept", [(), ("train",)])
+def test_mnist_as_it_is_downloaded(tmp_path, monkeypatch, name, folder, kept):
+    r"""Files are read that are gzipped, whether or not some are unpacked beside them."""
+    write_mnist(tmp_path, folder, noise(20, 28, 28), noise(6, 28, 28, seed=1))
+    raw = tmp_path / folder / "raw"
+    plain = load(name, tmp_path)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", forbidden)
+    for path in list(raw.iterdir()):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        if not path.name.startswith(kept):
+            path.unlink()
+    files = sorted(raw.iterdir())
+    for download in (True, False):
+        packed = load(name, tmp_path, download=download)
+        assert all(map(torch.equal, splits(packed), splits(plain)))
+        for split in SPLITS:
+            labels = (getattr(data, f"{split}_labels") for data in (packed, plain))
+            assert torch.equal(*labels)
+    assert sorted(raw.iterdir()) == files
+
+
+def forbidden(self):
+    raise AssertionError("nothing is to be downloaded")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (gzip.compress(bytes(3000))[:-20], "end-of-stream"),
+        (b"<html>moved</html>", "Not a gzipped file"),
+        (gzip.compress(b"<html>moved</html>"), "does not begin as"),
+        (gzip.compress(struct.pack(">4I", 0x803, 20, 28, 28) + bytes(100)), "cannot reshape"),
+        (gzip.compress(b""), "unpack_from"),
+    ],
+)
+def test_damaged_gzipped_mnist(tmp_path, content, reason):
+    write_mnist(tmp_path, "MNIST", noise(20, 28, 28), noise(6, 28, 28))
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.unlink()
+    path.with_suffix(".gz").write_bytes(content)
+    message = f"--dataset mnist: .*ubyte.gz is damaged, replace it: .*{reason}"
+    with pytest.raises(FileNotFoundError, match=message):
+        load("mnist", tmp_path)
 
 
 def test_damaged_mnist(tmp_path):

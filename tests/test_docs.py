@@ -77,12 +77,15 @@ def test_exercises_have_a_stub_a_hidden_solution_and_a_grade(page: Path):
         assert "assert" in inside[-1].code, f"{match[0]} has no grading"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, DOCS.parent / "README.md"], ids=lambda page: str(page.relative_to(DOCS.parent))
+)
 def test_pictures_have_a_text(page: Path):
     text = page.read_text(encoding="utf-8")
     for block in re.findall(r"^```\{(?:image|figure)\}.*?^```$", text, flags=re.M | re.S):
         assert ":alt: " in block, block
     assert not re.findall(r"!\[\]\(", text)
+    assert all(re.search(r' alt="[^"]+"', tag) for tag in re.findall(r"<img [^>]*>", text))
     for cell in cells(page):
         if re.search(r"\bplt\.(subplots|figure)\(|^animate\(", cell.code, flags=re.MULTILINE):
             image = cell.options.get("mystnb", {}).get("image", {})

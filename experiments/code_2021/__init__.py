@@ -1,1 +1,1 @@
-r"""What the paper's public code of 2021 optimises, and what it costs."""
+r"""What the paper's public code of 2021 optimizes, and what it costs."""

@@ -1,4 +1,4 @@
-r"""What the paper's public code of 2021 optimises in place of the ELBO, one departure at a time.
+r"""What the paper's public code of 2021 optimizes in place of the ELBO, one departure at a time.
 
 **None of these is a bound.** They are here to measure what each of them costs, and to be shown next
 to the estimator that they depart from. Two departures more need no class of their own, as they are

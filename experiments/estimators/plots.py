@@ -62,12 +62,12 @@ def plot_pareto(
 ) -> None:
     r"""Plots estimators by cost and variance, and the frontier of those which none dominates.
 
-    Estimators on one grey diagonal are equally good: half the variance takes twice the time.
+    Estimators on one gray diagonal are equally good: half the variance takes twice the time.
 
     Arguments:
         points: A record per estimator, with the keys ``"name"``; ``"group"``, which decides color
             and marker; ``"cost"`` in milliseconds per step; and ``"variance"``, relative to that
-            of a baseline. The frontier is labelled, and so are records with ``"label": True``.
+            of a baseline. The frontier is labeled, and so are records with ``"label": True``.
         path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
         title: The title.
 

@@ -16,6 +16,8 @@ from pyro_vaediff.plotting.style import COLORS, DASHES, FONT, GREY, slide, write
 
 from .numbers import KEY, Row, Study
 
+MARKERS = "os^Dvx*"  # of the names, for readers without colors
+
 
 def section(study: Study) -> list[str]:
     r"""Returns the part of the page that is a run's."""
@@ -58,7 +60,7 @@ def plot(study: Study, path: Path) -> None:
 
 
 def lines(axes: Axes, rows: list[Row], base: float) -> None:
-    r"""Draws a line per name and grid: names have colors, grids have dashes."""
+    r"""Draws a line per name and grid: names have colors and markers, grids have dashes."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     for (i, name), (j, grid) in itertools.product(enumerate(names), enumerate(grids)):
@@ -67,9 +69,12 @@ def lines(axes: Axes, rows: list[Row], base: float) -> None:
             for row in rows
             if (row["name"], row["grid"]) == (name, grid)
         )
-        style: dict[str, Any] = {"color": COLORS[i], "linestyle": DASHES[j], "marker": "o"}
+        style: dict[str, Any] = {"color": COLORS[i], "linestyle": DASHES[j], "marker": MARKERS[i]}
         axes.plot([x for x, _ in own], [y for _, y in own], markersize=4, **style)
-    handles = [Line2D([], [], color=COLORS[i], label=name) for i, name in enumerate(names)]
+    handles = [
+        Line2D([], [], color=COLORS[i], marker=MARKERS[i], label=name)
+        for i, name in enumerate(names)
+    ]
     dashes: list[Any] = [*DASHES]
     handles += [
         Line2D([], [], color=GREY, linestyle=dashes[j], label=f"grid {grid}")

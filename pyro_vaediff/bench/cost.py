@@ -1,4 +1,4 @@
-r"""What an evaluation of an estimator costs: network evaluations, time and memory."""
+r"""The cost of one evaluation of an estimator: network evaluations, time and memory."""
 
 from __future__ import annotations
 

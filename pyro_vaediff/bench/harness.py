@@ -76,7 +76,7 @@ def training_step(entry: Entry, vae: VAE, x: Tensor) -> Callable[[], object]:
 
 @dataclass(frozen=True)
 class Reference:
-    r"""What an estimator of the bound should give on average.
+    r"""The value that an estimator of the bound should have on average.
 
     Arguments:
         value: The negative ELBO, in nats per datum.

@@ -8,13 +8,16 @@ if it has a subfolder for each class.
 =================  =====================  ===========================  ====================
 name               images                 train / validation / test    on disk, under ``root``
 =================  =====================  ===========================  ====================
-``digits``           8x8 grey, 17 levels    1197 / 300 / 300             nothing: scikit-learn
-``mnist``            28x28 grey             54,000 / 6,000 / 10,000      ``MNIST/raw/``
-``fashion-mnist``    28x28 grey             54,000 / 6,000 / 10,000      ``FashionMNIST/raw/``
+``digits``           8x8 gray, 17 levels    1197 / 300 / 300             nothing: scikit-learn
+``mnist``            28x28 gray             54,000 / 6,000 / 10,000      ``MNIST/raw/``
+``fashion-mnist``    28x28 gray             54,000 / 6,000 / 10,000      ``FashionMNIST/raw/``
 ``cifar10``          32x32 RGB              45,000 / 5,000 / 10,000      ``cifar-10-batches-py/``
 ``celeba``           64x64 RGB              162,770 / 19,867 / 19,962    ``celeba/``
 ``folder``           any                    yours, or 80 / 10 / 10 %     ``root`` itself
 =================  =====================  ===========================  ====================
+
+The files of MNIST and Fashion-MNIST are read unpacked (``*-ubyte``) or as they are downloaded
+(``*-ubyte.gz``).
 
 The test split is the official one. The validation split is CelebA's own or, elsewhere, a seeded
 tenth of the official train split, or as many of its images as one asks for. CelebA's three splits
@@ -152,7 +155,7 @@ def load(
     also if they are called ``training``, ``testing``, ``valid`` or ``validation``; otherwise a
     seeded permutation of all images is cut 80 / 10 / 10 %. Other subfolders are classes, which give
     labels if each image is in one. Images are turned upright (EXIF), transparency is composited on
-    white, 16-bit grey is rounded to 8 bits and 16-bit color cut to 8 bits, and the first frame of
+    white, 16-bit gray is rounded to 8 bits and 16-bit color cut to 8 bits, and the first frame of
     an animation is taken. Hidden files are ignored, and so are those which are no images; an image
     that cannot be read, or is not named as one, is an error.
 
@@ -167,7 +170,7 @@ def load(
         root: The folder that holds the data sets, or the images themselves for ``"folder"``.
         image_size: The side of the square images, in pixels; by default the data set's own (64 for
             CelebA). A folder then needs square images of one size.
-        channels: 1 (grey) or 3 (RGB); by default the data set's own. A folder is grey if every
+        channels: 1 (gray) or 3 (RGB); by default the data set's own. A folder is gray if every
             pixel that is loaded is.
         download: Whether to download what is missing from ``root``. CelebA also needs the package
             ``gdown`` for that.
@@ -209,7 +212,7 @@ def load(
             check_whole(argument, value)
     check_seed(seed)
     if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+        raise ValueError(f"channels must be 1 (gray) or 3 (RGB), not {channels}")
     if groups is not None and name != "folder":
         raise ValueError(
             f"groups={str(groups)!r} is for the data set 'folder', not {name!r}: leave it out "

@@ -2,8 +2,11 @@ r"""Image files, decoded into one ``uint8`` array."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from ..files import describe_error
 
 # Files with these names are images. Pillow cannot read all of them everywhere (HEIC needs a
 # plugin), but then the user hears of it, rather than training without these images.
@@ -71,7 +76,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    r"""Returns whether a file is an image of one of the common formats."""
+    r"""Returns ``True`` for a file that is an image of one of the common formats."""
     Image.init()
     try:
         Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]).close()
@@ -100,7 +105,7 @@ def decode_files(
         paths: The :math:`N` files, at least one.
         image_size: The side :math:`S` that images are resized and cropped to, in pixels; by
             default they must all have the same size, which is one of ``NATIVE_SIZES``.
-        channels: The number of channels :math:`C`; by default 1 if all pixels are grey, else 3.
+        channels: The number of channels :math:`C`; by default 1 if all pixels are gray, else 3.
         description: The label of the progress bar.
 
     Returns:
@@ -160,6 +165,34 @@ def _decode_files(
     return images
 
 
+def read_idx(path: Path) -> np.ndarray:
+    r"""Returns the array of bytes of a file in the format of MNIST (IDX), gzipped or not.
+
+    Arguments:
+        path: The file. It is unpacked in memory, so that its folder may be read-only.
+
+    Raises:
+        ValueError: If it is damaged.
+
+    References:
+        | The MNIST database of handwritten digits (LeCun et al., 1998)
+        | http://yann.lecun.com/exdb/mnist/
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        magic, dims = divmod(struct.unpack_from(">I", content)[0], 256)
+        if magic != 8:
+            raise ValueError("it does not begin as an array of bytes does")
+        shape = struct.unpack_from(f">{dims}I", content, 4)
+        return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * dims).reshape(shape)
+    except (EOFError, ValueError, struct.error, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{shown(path)} is damaged, replace it: {describe_error(error)}"
+        ) from error
+
+
 def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np.ndarray:
     r"""Returns an image of any mode in 8 bits and, if asked, resized and cropped.
 
@@ -168,7 +201,7 @@ def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np
     Arguments:
         image: An image.
         image_size: The side :math:`S` of the result, in pixels, or ``None`` to keep the size.
-        channels: The number of channels :math:`C`, 1 (grey) or 3 (RGB).
+        channels: The number of channels :math:`C`, 1 (gray) or 3 (RGB).
 
     Returns:
         A ``uint8`` array with shape :math:`(C, S, S)`.
@@ -198,7 +231,7 @@ def to_array(image: Image.Image, *, image_size: int | None, channels: int) -> np
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    r"""Returns an image with 16-bit grey rounded to 8 bits, which Pillow itself would clip."""
+    r"""Returns an image with 16-bit gray rounded to 8 bits, which Pillow itself would clip."""
     # Some versions of Pillow open 16-bit PNG and PGM files in the 32-bit mode.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         pixels = np.asarray(image).astype(np.int64)

@@ -132,7 +132,7 @@ def is_split(name: str) -> bool:
 
 
 def like_split(name: str) -> bool:
-    r"""Returns whether a word of a name is that of a split: ``test_images``, ``TrainSet``."""
+    r"""Returns ``True`` if a word of a name is that of a split: ``test_images``, ``TrainSet``."""
     words = re.findall(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+", name)
     return any(re.sub("(set)?s?$", "", word.lower()) in LIKE_SPLITS for word in words)
 

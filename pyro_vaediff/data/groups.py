@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def list_name(path: str | Path) -> str:
-    r"""Returns what identifies a list of groups wherever it lies: its name and its checksum."""
+    r"""Returns the name and the checksum of a list of groups, which identify it anywhere."""
     path = Path(path).expanduser()
     check_list(path)
     return f"{path.name} (sha256 {sha256(path.read_bytes()).hexdigest()[:16]})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import describe_error, write_atomically
-from .files import decode_files, to_array
+from .files import decode_files, read_idx, to_array
 from .splits import Source, Splits, permutation, three
 
 # The class in torchvision, and what it reads under ``root``.
 TORCHVISION = {
     "mnist": (
         "MNIST",
-        "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
+        "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte (or .gz)",
     ),
     "fashion-mnist": (
         "FashionMNIST",
-        "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
+        "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte (or .gz)",
     ),
     "cifar10": (
         "CIFAR10",
@@ -41,7 +42,7 @@ def digits(*, image_size: int | None, channels: int | None, limit: int | None, s
     r"""Returns the 1797 handwritten digits of scikit-learn, 8x8 with values 0..16."""
     if image_size not in (None, 8) or channels not in (None, 1):
         raise ValueError(
-            "the digits are 8x8 grey images: leave out image_size and channels, "
+            "the digits are 8x8 gray images: leave out image_size and channels, "
             f"not image_size={image_size}, channels={channels}"
         )
     from sklearn.datasets import load_digits
@@ -157,6 +158,9 @@ def _torchvision(name: str, root: Path, **options: bool) -> Any:
 
     dataset, layout = TORCHVISION[name]
     try:
+        if "mnist" in name and (packed := _packed(root / dataset / "raw")):
+            images, labels = packed[:2] if options["train"] else packed[2:]
+            return SimpleNamespace(data=read_idx(images), targets=read_idx(labels))
         return getattr(torchvision.datasets, dataset)(str(root), **options)
     except Exception as error:
         fetch = "read or download it" if options["download"] else "read it (download=False)"
@@ -166,6 +170,15 @@ def _torchvision(name: str, root: Path, **options: bool) -> Any:
             f"({type(error).__name__}: {describe_error(error)}); "
             f"put {layout} under {root.resolve()}{gdown}"
         ) from error
+
+
+def _packed(folder: Path) -> list[Path]:
+    r"""Returns the files of MNIST if some are only there as they are downloaded, gzipped."""
+    # torchvision reads unpacked files only, and unpacks none but those that it has downloaded.
+    kinds = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    plain = [folder / f"{kind}-ubyte" for kind in kinds]
+    files = [path if path.is_file() else path.with_suffix(".gz") for path in plain]
+    return files if files != plain and all(path.is_file() for path in files) else []
 
 
 def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:

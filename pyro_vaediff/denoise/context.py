@@ -1,4 +1,4 @@
-r"""What a denoiser is told beside the latents and the time: the context, or that there is none."""
+r"""The context of a denoiser, which it is told beside the latents and the time, or its absence."""
 
 from __future__ import annotations
 

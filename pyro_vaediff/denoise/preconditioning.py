@@ -1,4 +1,4 @@
-r"""What a denoiser knows of the latents before it learns anything."""
+r"""Preconditioning: the moments of the latents, which a denoiser knows before it is trained."""
 
 from __future__ import annotations
 

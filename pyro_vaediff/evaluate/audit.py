@@ -78,7 +78,7 @@ class Audit:
         return self.text
 
     def against(self, other: Audit) -> str:
-        r"""Returns what the difference of two numbers compares, in one line.
+        r"""Returns a line that says which quantities the difference of two numbers compares.
 
         Arguments:
             other: What the other number is.
@@ -153,7 +153,7 @@ def audit(how: Any, model: VAE | Prior | None = None, **options: Any) -> Audit:
 
 
 def entry(kind: str, of: str, *details: str) -> Audit:
-    r"""Returns what a number of a class is, with some details."""
+    r"""Returns the verdict on a number of a class, with some details."""
     is_bound = kind in BOUNDS
     what = BOUNDS[kind].format(of=of) if is_bound else f"no bound: {NO_BOUNDS[kind]}"
     return Audit(kind, is_bound, of, ", ".join([what, *details]))
@@ -164,7 +164,7 @@ CONTINUOUS = "the diffusion in continuous time"
 
 
 def of_elbo(prior: Prior | None, elbo: ELBO | None = None) -> Audit:
-    r"""Returns what the loss of an estimator is, by default that of :func:`evaluate`."""
+    r"""Returns the verdict on the loss of an estimator, by default that of :func:`evaluate`."""
     elbo, of = Timestep_ELBO("all") if elbo is None else elbo, described(prior)
     has_chain = prior is None or any(isinstance(m, DiffusionPrior) for m in prior.modules())
     if isinstance(elbo, Reweighted):
@@ -203,7 +203,7 @@ def of_likelihood(
     batch_size: int = 100,
     **options: Any,
 ) -> Audit:
-    r"""Returns what :func:`log_likelihood` is."""
+    r"""Returns the verdict on :func:`log_likelihood`."""
     if log_prior == "chain" and isinstance(prior, DiffusionPrior):
         steps = options.get("num_steps")
         chain = prior.chain if steps is None else prior.with_steps(steps)
@@ -225,13 +225,13 @@ def of_density(prior: Prior | None, **flow_options: Any) -> list[str]:
 
 
 def of_flow(flow: ProbabilityFlow) -> list[str]:
-    r"""Returns what a probability flow is as a model, and which one it is not."""
+    r"""Returns a description of a probability flow as a model, and of the one that it is not."""
     steps = count(len(flow.times) - 1, "step")
     return [f"the probability flow with {steps}", f"another model than {described(flow.prior)}"]
 
 
 def described(prior: nn.Module | None) -> str:
-    r"""Returns what the programs of a prior are as a model."""
+    r"""Returns a description of the programs of a prior as a model."""
     if prior is None:
         return "the model"
     if isinstance(prior, DiffusionPrior) and prior.continuous:

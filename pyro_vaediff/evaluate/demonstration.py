@@ -109,7 +109,7 @@ def demonstrate(
 
 
 def cases(z_0: Tensor, K: int) -> list[tuple[str, Audit, Callable[[], Tensor], Tensor]]:
-    r"""Returns what estimates :math:`\log p(z_0)`, with its class and the scale of the model."""
+    r"""Returns estimators of :math:`\log p(z_0)`, with their class and the scale of the model."""
     prior = exact_prior()
     flow, programs = ProbabilityFlow(prior, num_steps=T), chain_programs(prior, z_0)
     data, chain, ode = SCALE * torch.ones_like(z_0[0]), chain_scale(prior), flow_scale(flow)

@@ -218,7 +218,7 @@ def evaluating(vae: VAE, seed: int) -> Iterator[torch.device]:
 def in_eval_mode(vae: VAE) -> Iterator[None]:
     r"""Puts a VAE in eval mode, and restores the mode of each of its modules afterwards.
 
-    What its programs register is not left in the global parameter store.
+    Nothing that its programs register stays in the global parameter store.
     """
     with eval_mode(vae), pyro.get_param_store().scope():
         yield

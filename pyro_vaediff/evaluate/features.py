@@ -47,7 +47,7 @@ class Extractor:
         network: The map, from images with shape :math:`(B, C, H, W)` to features with shape
             :math:`(B, D)`.
         dim: The number :math:`D` of features, or ``None`` if it follows from the images.
-        rgb: Whether the network needs 3 channels. If so, grey images are repeated.
+        rgb: Whether the network needs 3 channels. If so, gray images are repeated.
         device: The device of the network.
 
     Example:

@@ -1,4 +1,4 @@
-r"""What each group of latents is used for: its KL, and how many of its units are active."""
+r"""The use of each group of latents: its KL, and how many of its units are active."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def reference_statistics(
     Arguments:
         images: The images, with shape :math:`(N, C, H, W)`, in uint8.
         extractor: The feature extractor.
-        levels: The number of grey levels: pixels run from 0 to ``levels - 1``.
+        levels: The number of gray levels: pixels run from 0 to ``levels - 1``.
         cache_dir: The folder of the cache files, made if needed. If ``None``, nothing is cached.
         batch_size: The number of images per batch.
         progress: Whether to show a progress bar.

@@ -124,7 +124,7 @@ class CollapseChain(Messenger):
     # Given z_0 and with a fixed variance, a KL is a square of means and a constant, whose sum over
     # all timesteps is known.
     def has_constant(self, prior: DiffusionPrior) -> bool:
-        r"""Returns whether the variances' part of the KLs is a constant of its own."""
+        r"""Returns ``True`` if the part of the KLs due to the variances is a separate constant."""
         fixed = prior.denoiser.variance.fixed and not prior.continuous
         return self.conditioning == "z_0" and fixed
 

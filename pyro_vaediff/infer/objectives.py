@@ -97,7 +97,7 @@ class KLWeight:
         self.__name__ = "KL weight"
 
     def __call__(self, term: Term) -> Tensor:
-        r"""Returns what takes the place of a term."""
+        r"""Returns the value that takes the place of a term."""
         if term.role == "observed":
             return term.value
         return self.value * self.groups.get(group_of(term.name), 1.0) * term.value

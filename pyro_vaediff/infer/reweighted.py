@@ -131,7 +131,7 @@ class Reweighted(TermsELBO):
         return [self.reweight(terms) for terms in particles]
 
     def reweight(self, terms: list[Term]) -> list[Term]:
-        r"""Returns what takes the place of the terms of a particle."""
+        r"""Returns the terms that take the place of those of a particle."""
         pairs = [(term, self.weights(term)) for term in terms]
         return [term._replace(value=value) for term, value in pairs if value is not None]
 

@@ -156,7 +156,7 @@ class Timestep_ELBO(TraceKL_ELBO):
             self.propose(prior).update(*(torch.stack(xs) for xs in zip(*pairs, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        r"""Returns what the proposals have learned, for checkpoints."""
+        r"""Returns the state that the proposals have learned, for checkpoints."""
         states = dict(enumerate(p.state_dict() for p in self._proposals.values())) | self._loaded
         return {f"{i}.{name}": x for i, state in states.items() for name, x in state.items()}
 

@@ -70,11 +70,11 @@ class TermsELBO(TracedELBO):
         return terms
 
     def state_dict(self) -> dict[str, Tensor]:
-        r"""Returns what the estimator has learned, for checkpoints: by default, nothing."""
+        r"""Returns the state that the estimator has learned, for checkpoints: empty by default."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        r"""Loads what :meth:`state_dict` returned."""
+        r"""Loads a state that :meth:`state_dict` returned."""
 
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any

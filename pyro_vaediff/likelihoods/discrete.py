@@ -39,7 +39,7 @@ class BernoulliLikelihood(Likelihood):
 
 
 class GridLikelihood(Likelihood):
-    r"""What the likelihoods on the grid of pixel values share: the number of levels."""
+    r"""The common part of the likelihoods on the grid of pixel values: the number of levels."""
 
     space_type = GridSpace
 

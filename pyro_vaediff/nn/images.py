@@ -1,4 +1,4 @@
-r"""What backbones for latents that are images share: what they are told, and their outputs."""
+r"""The common part of backbones for latents that are images: their inputs and outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""What encoders and decoders share: the head, the Gaussian posterior, the context."""
+r"""The common parts of encoders and decoders: the head, the Gaussian posterior, the context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Head"]
 
 
 class Head(Protocol):
-    r"""What a decoder needs of a likelihood: it maps ``num_maps`` maps to a distribution."""
+    r"""The part of a likelihood that a decoder needs: from ``num_maps`` maps to a distribution."""
 
     num_maps: int
     image_shape: tuple[int, int, int]

@@ -1,4 +1,4 @@
-r"""What all pictures share: colors, letters, and how files are written."""
+r"""The common style of all pictures: colors, letters, and how files are written."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["Prior", "SiteInfer"]
 
 
 class SiteInfer(InferDict, total=False):
-    r"""What a guide site tells the estimators in ``infer``, beside what it tells Pyro's own.
+    r"""The entries of ``infer`` by which a guide site informs the estimators of this package.
 
     Arguments:
         closed_form_kl: Whether a KL divergence in closed form is legal.
@@ -141,5 +141,5 @@ class Prior(nn.Module, ABC):
 
 
 def call(function: Callable, *args: Any) -> Any:
-    r"""Returns what a function returns, given the context, its last argument, if there is one."""
+    r"""Returns the result of a function, whose last argument is the context, if there is one."""
     return function(*args) if args[-1] is not None else function(*args[:-1])

@@ -137,7 +137,7 @@ class DiffusionPrior(Prior):
     def chain(self) -> DiffusionPrior:
         r"""The prior of the chain that the model runs, along a learned path as it is now.
 
-        Whatever reads the tables of a schedule takes those of this prior.
+        Code that reads the tables of a schedule takes those of this prior.
         """
         return self.with_steps(self.schedule.original("times")) if self.schedule.learned else self
 
@@ -201,7 +201,7 @@ class DiffusionPrior(Prior):
         return z
 
     def role(self, s: int) -> SiteInfer:
-        r"""Returns what the site of :math:`z_s` is for: the step from :math:`s + 1`, or the end."""
+        r"""Returns the role of the site of :math:`z_s`: the step from :math:`s + 1`, or an end."""
         if s == self.num_timesteps:
             return {"role": "last"}
         role = SiteInfer(role="steps" if s else "first", t=s + 1)

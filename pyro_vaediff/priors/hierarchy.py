@@ -85,7 +85,7 @@ class HierarchicalPrior(Prior):
 
     A group is any prior, whose context is the state :math:`h_{l-1}` of the generative path; each
     but the first must take one. The sites of group :math:`l` are called ``"group<l>/..."``, and so
-    are its terms. What :meth:`model` and :meth:`guide` return is the last state :math:`h_L`, which
+    are its terms. Both :meth:`model` and :meth:`guide` return the last state :math:`h_L`, which
     the decoder sees in place of :math:`z_0`.
 
     The encoder returns a *lazy* posterior, a function that is asked for one group after the other

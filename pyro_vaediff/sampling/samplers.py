@@ -211,7 +211,7 @@ def reconstruct(
 def interpolate(
     vae: VAE, x: Tensor, y: Tensor, num_frames: int = 8, c: Tensor | None = None
 ) -> Tensor:
-    r"""Returns what is decoded on the line between the posterior means of two batches of data.
+    r"""Returns images decoded on the line between the posterior means of two batches of data.
 
     Arguments:
         vae: The VAE.

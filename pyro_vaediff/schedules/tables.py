@@ -15,7 +15,7 @@ Times = int | float | Tensor
 
 
 def is_index(t: Times) -> TypeGuard[int | Tensor]:
-    r"""Returns whether times are indices of a grid, which whole numbers are."""
+    r"""Returns ``True`` if times are indices of a grid, which whole numbers are."""
     return not t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, int)
 
 

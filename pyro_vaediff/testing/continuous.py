@@ -78,7 +78,7 @@ class ContinuousOracle:
         return signal @ self.z_0 + noise @ self.noise
 
     def matrices(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns what multiplies the clean latents and their noise, two diagonal matrices."""
+        r"""Returns the factors of the clean latents and of their noise, two diagonal matrices."""
         both = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         return both[0].expand(self.D).diag(), both[1].expand(self.D).diag()
 

@@ -198,7 +198,7 @@ class Oracle(LinearReverse):
         return loss + self.terms("z_0")[f"z_{T}"]
 
     def mean_field_bias(self, order: str) -> Tensor:
-        r"""Returns what Pyro's mean-field ELBO adds to the loss, as its closed forms are not legal.
+        r"""Returns the bias of Pyro's mean-field ELBO, whose closed forms are not legal here.
 
         It freezes :math:`\mu(z_t)` at each site. At an invalid site :math:`z_{t-1}`, the square
         :math:`\| z_{t-1} - \mu(z_t) \|^2` is averaged as if both were independent given the guide's

@@ -92,7 +92,7 @@ class LinearReverse:
         return (1 - alpha_bar) * log_ratio.exp()
 
     def weight(self, t: int) -> Tensor:
-        r"""Returns what a unit change of :math:`z_0` changes in the mean of :math:`z_{t-1}`.
+        r"""Returns the change of the mean of :math:`z_{t-1}` per unit change of :math:`z_0`.
 
         Arguments:
             t: The timestep, from 1 to :math:`T`.
@@ -103,7 +103,7 @@ class LinearReverse:
         return previous.sqrt() * (self.beta_tilde(t) / (1 - previous) if t > 1 else 1.0)
 
     def gain(self, t: int) -> Tensor:
-        r"""Returns what a unit change of the prediction changes in the mean of :math:`z_{t-1}`.
+        r"""Returns the change of the mean of :math:`z_{t-1}` per unit change of the prediction.
 
         Arguments:
             t: The timestep, from 1 to :math:`T`.

@@ -35,7 +35,7 @@ TERMS: Users = {"estimator": ("timestep", "trace-kl")}
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    r"""Which images."""
+    r"""The images."""
 
     dataset: str = option("digits", "the data set", choice(DATASETS, "data set"))
     root: str = option("data", "where the data are, or go")
@@ -52,7 +52,7 @@ class DataConfig(Checked):
         metavar="FILE",
     )
     no_download: bool = option(False, "never download data")
-    condition: str = option("none", "what the model is given", choice(("none", "labels")))
+    condition: str = option("none", "the context of the model", choice(("none", "labels")))
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,23 @@ class EstimatorConfig(Checked):
         choice(ESTIMATORS),
     )
     timesteps: str = option(
-        "importance", "which timesteps", choice(("all", *PROPOSALS)), of=TIMESTEP
+        "importance", "the proposal of timesteps", choice(("all", *PROPOSALS)), of=TIMESTEP
     )
     k: int = option(8, "timesteps per datum", whole(), of=TIMESTEP)
-    conditioning: str = option("z_0", "what the KLs are given", choice(("z_0", "x")), of=TIMESTEP)
+    conditioning: str = option(
+        "z_0", "the variable that the KLs are given", choice(("z_0", "x")), of=TIMESTEP
+    )
     no_antithetic: bool = option(False, "independent noise in place of mirrored pairs", of=TERMS)
     entropy: str = option(
         "path",
-        "of q(z_0 | x), path for its path derivative",
+        "entropy of q(z_0 | x): exact, or sampled for its path derivative",
         choice(("path", "exact")),
         of=TERMS,
     )
     num_particles: int = option(1, "draws of z_0 per datum", whole())
     weighting: str = option(
         "elbo",
-        "what is trained with; elbo is the bound itself",
+        "weights of the terms in training; elbo is the bound itself",
         choice(("elbo", *REWEIGHTINGS)),
         of=TERMS | DIFFUSION,
     )
@@ -110,50 +112,52 @@ class TrainConfig(Checked):
 
     epochs: int = option(100, "passes that train everything", whole(0))
     gaussian_epochs: int = option(
-        0, "the first of these, in which N(0, I) stands in for the prior", whole(0)
+        0, "number of the first of these in which N(0, I) takes the place of the prior", whole(0)
     )
     prior_epochs: int = option(0, "passes after --epochs that train only the prior", whole(0))
     batch_size: int = option(100, "images per step, of all processes together", whole())
     lr: float = option(5e-4, "learning rate of Adam", positive)
-    prior_lr: float | None = option(None, "that of the prior, if another one", positive)
+    prior_lr: float | None = option(None, "learning rate of the prior (that of --lr)", positive)
     prior_weight_decay: float = option(
         0.0,
         "decoupled weight decay of the prior's matrices",
         check_nonnegative,
     )
     lr_schedule: str = option(
-        "constant", "of the rates, cosine to zero", choice(("constant", "cosine"))
+        "constant", "schedule of the learning rates, cosine to zero", choice(("constant", "cosine"))
     )
-    warmup: int = option(0, "steps in which the rates rise", whole(0))
+    warmup: int = option(0, "steps over which the learning rates rise from zero", whole(0))
     beta: tuple[float, ...] = option(
         (),
-        "weight of the KL, or of that of each group of latents from the top (1); no bound but at 1",
+        "weight of the KL, or one for each group of latents from the top (1); a bound only at 1",
         metavar="WEIGHT",
     )
     tc_weight: float = option(
         1.0, "weight of the total correlation of the latents (beta-TCVAE)", check_nonnegative
     )
-    kl_warmup: int = option(0, "epochs in which the weight of the KL rises to 1", whole(0))
+    kl_warmup: int = option(0, "epochs over which the weight of the KL rises from 0 to 1", whole(0))
     kl_balance: bool = option(
-        False, "balance the KLs of the groups of latents while they warm up (NVAE)"
+        False, "balance the KLs of the groups of latents during the warm-up (NVAE)"
     )
     free_bits: float = option(
         0.0,
-        "nats per datum that the KL of each group of latents may have for free",
+        "nats per datum of the KL of each group of latents that cost nothing",
         check_nonnegative,
     )
     clip_norm: float | None = option(
-        100.0, "global gradient norm, per datum", number("positive", lambda x: x > 0)
+        100.0, "largest global norm of the gradient, per datum", number("positive", lambda x: x > 0)
     )
     ema: float = option(
-        0.0, "decay of a weight average, 0: none", number("in [0, 1)", lambda x: 0 <= x < 1)
+        0.0,
+        "decay of the moving average of the weights, 0 for none",
+        number("in [0, 1)", lambda x: 0 <= x < 1),
     )
     precision: str = option(
         "float32",
-        "of the networks, bf16 for autocast of the convolutions",
+        "precision of the networks, bf16 for autocast of the convolutions",
         choice(("float32", "float64", "bf16")),
     )
-    seed: int = option(0, "of everything random", lambda name, value: check_seed(value, name))
+    seed: int = option(0, "seed of everything random", lambda name, value: check_seed(value, name))
     max_steps: int | None = option(None, "steps after which training ends", whole())
     max_seconds: float | None = option(None, "seconds after which training ends", positive)
     patience: int | None = option(
@@ -177,7 +181,7 @@ class TrainConfig(Checked):
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
-    r"""Where and how a run is run."""
+    r"""Where and how a run is executed."""
 
     init: Path | None = option(
         None,
@@ -186,25 +190,25 @@ class RunConfig(Checked):
     )
     device: str = option("auto", "where to compute", choice(("auto", "cpu", "cuda")))
     deterministic: bool = option(
-        False, "the same numbers whenever the run is repeated, also on a GPU (slower)"
+        False, "use algorithms that repeat a run exactly, also on a GPU (slower)"
     )
     out: Path | None = option(None, "run directory (runs/DATASET-PRIOR-sSEED)")
     snapshots: tuple[int, ...] = option(
         (), "epochs whose model is kept as epoch-N.pt, 0: its initialization", metavar="EPOCH"
     )
     resume: bool = option(False, "continue the run in --out")
-    validate: bool = option(False, "check every distribution (slow)")
+    validate: bool = option(False, "let Pyro check every distribution (slow)")
     quiet: bool = option(False, "no progress bars")
 
 
 @dataclass(frozen=True)
 class ReportConfig(Checked):
-    r"""What is evaluated after training."""
+    r"""The evaluation after training."""
 
     features: str = option(
         "auto",
-        "of the Fréchet distance. inception is FID; auto is pixels for digits and inception "
-        "otherwise, if its weights can be had",
+        "features of the Fréchet distance. inception is FID; auto is pixels for digits and "
+        "inception otherwise, if its weights can be had",
         choice(("auto", "none", *EXTRACTORS)),
     )
     fid_weights: Path | None = option(None, "a local file of the Inception weights")
@@ -219,10 +223,13 @@ class ReportConfig(Checked):
         of=DIFFUSION,
     )
     sampler: str = option(
-        "ancestral", "of the samples that are shown and evaluated", choice(SAMPLERS), of=DIFFUSION
+        "ancestral",
+        "sampler of the images that are shown and evaluated",
+        choice(SAMPLERS),
+        of=DIFFUSION,
     )
     sample_steps: int | None = option(
-        None, "its steps, of equal length in time (all T of them)", whole(), of=DIFFUSION
+        None, "steps of the sampler, of equal length in time (all T of them)", whole(), of=DIFFUSION
     )
 
     def check_use(self, model: ModelConfig) -> None:

@@ -85,7 +85,7 @@ def size() -> int:
 
 
 def is_main() -> bool:
-    r"""Whether this is the process that writes files and talks to the user."""
+    r"""``True`` in the process that writes files and talks to the user."""
     return rank() == 0
 
 
@@ -158,7 +158,7 @@ def from_main(make: Callable[[], Any]) -> Any:
 def in_turns() -> Iterator[None]:
     r"""Lets the main process go first, then the first of each other machine, then all others.
 
-    What the first ones download, the others find on their disk.
+    Files that the first ones download, the others find on their disk.
     """
     turn = 0 if is_main() else 1 if local_rank() == 0 else 2
     for _ in range(turn):

@@ -57,7 +57,7 @@ class Trainer(SavedRun):
             one, :func:`~pyro_vaediff.train.load_weights` loads the weights.
         make_optimizer: A function from groups of parameters, each with its ``"lr"``, to an
             optimizer of torch; AdamW by default.
-        on_epoch: What to do with the record of each epoch in the main process.
+        on_epoch: A function that is called with the record of each epoch, in the main process.
         on_step: What to do with the number of each step that has been taken, in every process.
         labels: Whether the labels of the images are the context, one-hot.
 

@@ -33,7 +33,7 @@ DIFFUSION: Users = {"prior": ("diffusion",)}  # who has a use for an option
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    r"""What determines the architecture of a VAE; a checkpoint carries it.
+    r"""The architecture of a VAE, which a checkpoint carries.
 
     Beside the options, it has the shape :math:`(C, H, W)` and the number of ``levels`` of the
     images, the number of classes of the labels that it is given, 0 for none, and the number of
@@ -51,12 +51,12 @@ class ModelConfig(Checked):
         (), "a hierarchy: the shapes D or CxHxW of its groups, the top one first", metavar="SHAPE"
     )
     group_priors: str = option(
-        "top", "which groups have the prior, the others being Gaussian", choice(("top", "every"))
+        "top", "groups that have the prior; the others are Gaussian", choice(("top", "every"))
     )
-    likelihood: str = option("gaussian", "of the images", choice(LIKELIHOODS))
+    likelihood: str = option("gaussian", "likelihood of the images", choice(LIKELIHOODS))
     kernels: tuple[int, ...] = option(
         (5, 3, 3, 3),
-        "sides of the masked kernels of an autoregressive likelihood, odd, a layer each",
+        "odd sides of the masked kernels of an autoregressive likelihood, one for each layer",
         check_kernel_sizes,
         metavar="K",
         of={"likelihood": tuple(AUTOREGRESSIVE)},
@@ -108,21 +108,22 @@ class ModelConfig(Checked):
     )
     schedule: str = option(
         "linear",
-        "variances; learned, or learned-diagonal per dimension or channel, in continuous time",
+        "schedule of the noise; in continuous time also learned, or learned-diagonal per dimension "
+        "or channel",
         choice((*SCHEDULES, "learned", "learned-diagonal")),
         of=DIFFUSION,
     )
-    beta_min: float = option(1e-4, "first of the linear schedule", of=DIFFUSION)
-    beta_max: float = option(0.02, "last of the linear schedule", of=DIFFUSION)
+    beta_min: float = option(1e-4, "first variance of the linear schedule", of=DIFFUSION)
+    beta_max: float = option(0.02, "last variance of the linear schedule", of=DIFFUSION)
     parameterization: str = option(
-        "eps", "what the network predicts", choice(PARAMETERIZATIONS), of=DIFFUSION
+        "eps", "quantity that the network predicts", choice(PARAMETERIZATIONS), of=DIFFUSION
     )
     reverse_variance: str = option(
         "beta", "variance of a reverse step", choice(REVERSE_VARIANCES), of=DIFFUSION
     )
     noise_log_snr: float | None = option(
         None,
-        "log-SNR of a fixed noise of the encoder, at which the chain starts (learned noise)",
+        "log-SNR of the encoder's fixed noise, at which the chain starts (the noise is learned)",
         number("finite", math.isfinite),
         of=DIFFUSION,
     )

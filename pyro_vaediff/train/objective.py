@@ -1,4 +1,4 @@
-r"""What is trained with: the estimator of the bound, and what keeps latents from collapsing."""
+r"""The objective of training: the estimator of the bound, and remedies for collapsing latents."""
 
 from __future__ import annotations
 

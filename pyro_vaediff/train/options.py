@@ -46,7 +46,7 @@ def option(
 
     Arguments:
         default: Its default.
-        help: What it is. The default and the choices are appended.
+        help: The help text. The default and the choices are appended.
         check: A function of its name and value that raises a ``ValueError``. ``None`` is let
             through if the annotation has it.
         metavar: The name of its value in the help.
@@ -127,7 +127,7 @@ def check_use(config: type, given: Mapping[str, Any], chosen: Mapping[str, Any])
 def add_options(parser: Any, config: type) -> None:
     r"""Adds the fields of a dataclass to a parser, or to a group of one, without their defaults.
 
-    What was not given is not in the namespace.
+    Options that were not given are not in the namespace.
 
     Arguments:
         parser: The parser, or a group of one.
@@ -152,7 +152,7 @@ def add_options(parser: Any, config: type) -> None:
 
 
 def number_or_word(text: str) -> int | str:
-    r"""Returns what a text means: a whole number, or a word."""
+    r"""Returns the meaning of a text: a whole number, or a word."""
     try:
         return int(text)
     except ValueError:

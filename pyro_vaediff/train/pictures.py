@@ -126,7 +126,7 @@ def save_groups(vae: VAE, x: Tensor, path: Path) -> None:
 
 
 def below(vae: VAE, z: Tensor) -> Tensor:
-    r"""Returns what the decoder sees for latents of the top group, the other groups being drawn."""
+    r"""Returns the decoder's input for latents of the top group, with the other groups drawn."""
     if not isinstance(vae.prior, HierarchicalPrior):
         return z
     with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-r"""What a run leaves to read: results, tables and pictures."""
+r"""The report of a run: results, tables and pictures."""
 
 from __future__ import annotations
 

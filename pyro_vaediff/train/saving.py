@@ -1,4 +1,4 @@
-r"""What a training run remembers: its best model, its checkpoints, and how it goes on from them."""
+r"""The memory of a training run: its best model, its checkpoints, and how it resumes from them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class SavedRun:
         return total
 
     def is_finished(self) -> bool:
-        r"""Returns whether the budget is spent, or validation has not improved for too long."""
+        r"""Returns ``True`` if the budget is spent, or validation has not improved for too long."""
         config, done = self.config, len(self.history)
         # Epochs that were not validated cannot tell.
         validated = done > 0 and done % config.validate_every == 0
@@ -106,7 +106,7 @@ class SavedRun:
         return stale or self.is_spent(done)
 
     def is_spent(self, epochs: int) -> bool:
-        r"""Returns whether the budget is spent after a number of epochs."""
+        r"""Returns ``True`` if the budget is spent after a number of epochs."""
         limit = self.config.max_steps
         return (
             epochs >= self.total_epochs
@@ -115,7 +115,7 @@ class SavedRun:
         )
 
     def is_late(self, seconds: float) -> bool:
-        r"""Returns whether the seconds are over, by the clock of the main process."""
+        r"""Returns ``True`` if the seconds are over, by the clock of the main process."""
         if self.config.max_seconds is None:
             return False
         late = torch.tensor(float(seconds >= self.config.max_seconds))
@@ -164,7 +164,7 @@ class SavedRun:
             save_checkpoint(self.out / f"epoch-{epoch}.pt", state)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        r"""Returns what a run has in common with the run that resumes it."""
+        r"""Returns the settings that a run shares with the run that resumes it."""
         model = {} if self.model_config is None else asdict(self.model_config)
         return {
             "model_config": {k: list(v) if isinstance(v, tuple) else v for k, v in model.items()},
@@ -197,7 +197,7 @@ class SavedRun:
         }
 
     def elbo_state(self) -> dict[str, Tensor]:
-        r"""Returns what the estimator has learned; one of Pyro's own learns nothing."""
+        r"""Returns the state that the estimator has learned; one of Pyro's own has none."""
         return getattr(self.elbo, "state_dict", dict)()
 
     def rng_state(self) -> dict[str, Tensor]:
