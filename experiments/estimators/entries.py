@@ -44,8 +44,8 @@ _entries = [
     # What everything is compared with: one uniform timestep per datum, as in the paper.
     timestep_entry("uniform"),
     # All T sites, as the programs are written.
-    Entry("Trace_ELBO", "unrolled", Trace_ELBO, unrolled=True),
-    Entry("TraceGraph_ELBO", "unrolled", TraceGraph_ELBO, unrolled=True),
+    Entry("Trace_ELBO", "unrolled", Trace_ELBO, "forward", unrolled=True),
+    Entry("TraceGraph_ELBO", "unrolled", TraceGraph_ELBO, "forward", unrolled=True),
     Entry("closed-form KLs, posterior", "unrolled", TraceKL_ELBO, "posterior", unrolled=True),
     Entry("closed-form KLs, reversed", "unrolled", TraceKL_ELBO, "reversed", unrolled=True),
     # All timesteps at once.
