@@ -15,6 +15,7 @@ from .proposals import (
     typical_kl,
     variance_kl,
 )
+from .quasi_random import QuasiRandom
 from .reweighted import REWEIGHTINGS, Reweighted
 from .terms import Estimator, differentiable_terms, elbo_terms
 from .timestep_elbo import Timestep_ELBO
@@ -33,6 +34,7 @@ __all__ = [
     "KLWeight",
     "LossAwareTimesteps",
     "Proposal",
+    "QuasiRandom",
     "Reweighted",
     "Term",
     "TermsELBO",
