@@ -61,7 +61,8 @@ class Comparison:
 
         Arguments:
             path: The path of the file, ``.png``, ``.pdf`` or ``.svg``.
-            group: The group, by default the first one. Estimators without variance are left out.
+            group: The group, by default the first one. Estimators whose variance is no more than
+                rounding are left out.
         """
         group = self.groups[0] if group is None else group
         check_choice("group", group, tuple(self.groups))
@@ -75,8 +76,8 @@ class Comparison:
                 "label": True,
             }
             for r in self.records
-            if r[f"{group}_variance"] > 0
         ]
+        points = [point for point in points if point["variance"] > 1e-12]
         plot_pareto(points, path, f"Gradient of the {group}: variance against cost")
 
     def __str__(self) -> str:
