@@ -578,8 +578,11 @@ def test_entries_are_unbiased(bench, name):
     assert abs(record["bias"]) < 5 * record["bias_se"]
     assert record["predicted_bias"] == 0
     for module in MODULES:
-        noisy = ENTRIES[name].group == "score function" and module == "encoder"
-        assert record[f"{module}_bias_se"] < (1.0 if noisy else 0.03)
+        # Every fourth datum is the same here: it has every fourth Sobol point, which are alike.
+        noisy = "SobolPerBatch" in name or (
+            ENTRIES[name].group == "score function" and module == "encoder"
+        )
+        assert record[f"{module}_bias_se"] < (0.5 if noisy else 0.03)
         assert abs(record[f"{module}_bias"]) < 5 * record[f"{module}_bias_se"]
 
 

@@ -41,7 +41,8 @@ class QuasiRandom(Messenger):
     meet in the mean of a loss only: data, timesteps of a datum, vectorized particles. Along other
     dimensions, such as that of the data if they are not named, points are shifted independently of
     each other. Other distributions stay as they are. The points are from torch's generator on the
-    CPU. They are most even if their number is a power of two.
+    CPU. They are most even if their number is a power of two, and if data are in random order:
+    every second point is in the same half, and so on.
 
     Around a guide, ``QuasiRandom("data")(guide)``, the handler has precedence over
     :class:`~pyro_vaediff.infer.Antithetic`. As a context around an estimator, ``with
