@@ -61,9 +61,10 @@ class ScoreFunction_ELBO(Timestep_ELBO):
         particles = super().particles(model, guide, *args, **kwargs)
         starts = [next(t.site for t in terms if t.role == "entropy") for terms in particles]
         log_q = torch.stack([site["fn"].log_prob(site["value"]) for site in starts])
-        f = [sum(term.value.sum_to_size(log_q[0].shape) for term in terms) for terms in particles]
+        values = [[term.value.sum_to_size(log_q[0].shape) for term in terms] for terms in particles]
+        f = torch.stack([torch.stack(terms).sum(0) for terms in values]).detach()
         # It has a gradient, and the value zero.
-        scores = self.center(torch.stack(f).detach()) * (log_q - log_q.detach())
+        scores = self.center(f) * (log_q - log_q.detach())
         for terms, score, site in zip(particles, scores, starts, strict=True):
             terms.append(Term("score", score, "score", site))
         return particles

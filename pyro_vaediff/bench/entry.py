@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from ..infer import Estimator, Proposal, Timestep_ELBO, particle_options
-from ..vae import VAE
 
 __all__ = ["Entry", "timestep_entry"]
 
@@ -37,7 +36,7 @@ class Entry:
     unrolled: bool = False
     warmup: int = 0
     counterexample: str = ""
-    predict: Callable[[Any, VAE, Tensor, int], Sequence[float]] | None = None
+    predict: Callable[[Any, Any, Tensor, int], Sequence[float]] | None = None
 
 
 def timestep_entry(

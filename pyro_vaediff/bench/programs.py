@@ -46,7 +46,8 @@ def programs_of(vae: VAE | Programs) -> Programs:
     r"""Returns the programs of a VAE, whose groups are its networks, or the given ones."""
     if isinstance(vae, Programs):
         return vae
-    groups = {name: list(module.parameters()) for name, module in vae.named_children()}
+    groups: dict[str, list[Tensor]]
+    groups = {name: [*module.parameters()] for name, module in vae.named_children()}
     return Programs(vae.model, vae.guide, groups)
 
 
@@ -74,7 +75,8 @@ def find_programs(
             with poutine.trace(param_only=True) as capture:
                 result = program(*args, **kwargs)
             for site in capture.trace.nodes.values():
-                parameter = site["value"].unconstrained()
+                value: Any = site["value"]
+                parameter = value.unconstrained()
                 found[name][id(parameter)] = parameter
             return result
 

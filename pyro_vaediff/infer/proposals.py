@@ -94,7 +94,7 @@ class Timesteps(dist.TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
-        where = {"dtype": torch.float64, "device": self.probs.device}
+        where: dict[str, Any] = {"dtype": torch.float64, "device": self.probs.device}
         if not self.low_discrepancy:
             return self.icdf(torch.rand(shape, **where))
         u = torch.arange(shape.numel(), **where) / shape.numel()
