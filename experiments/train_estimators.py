@@ -95,7 +95,9 @@ def train(
 ) -> Curve:
     r"""Returns the test -ELBO at equidistant times of a training run."""
     total = max(args.points, round(1e3 * args.seconds / milliseconds))
-    check_diffusion(vae.prior).order, test = entry.order, data.test[: args.num_test]
+    test = data.test[: args.num_test]
+    if entry.order is not None:
+        check_diffusion(vae.prior).order = entry.order
     due = {round(total * i / args.points) for i in range(args.points + 1)}
     curve = []
 

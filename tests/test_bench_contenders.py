@@ -15,8 +15,10 @@ from estimators.contenders import (
     Hybrid_ELBO,
     Orthogonal,
     Orthogonal_ELBO,
+    Regressed_ELBO,
     Shared,
     Shared_ELBO,
+    SobolPerDatum_ELBO,
 )
 from pyro import poutine
 from scipy import stats
@@ -39,6 +41,7 @@ CONTENDERS = {
     "control variate": ControlVariate_ELBO,
     "orthogonal": Orthogonal_ELBO,
     "shared": Shared_ELBO,
+    "sobol": SobolPerDatum_ELBO,
     "gradient-aware": gradient_aware,
 }
 
@@ -105,10 +108,57 @@ def test_contenders_given_x(x, name):
 
 
 @pytest.mark.parametrize("options", [{"conditioning": "x"}, {"timesteps": "all"}], ids=str)
-@pytest.mark.parametrize("Contender", [Hybrid_ELBO, ControlVariate_ELBO])
+@pytest.mark.parametrize("Contender", [Hybrid_ELBO, ControlVariate_ELBO, Regressed_ELBO])
 def test_what_corrections_are_not_made_for(Contender, options):
     with one_line_value_error(f"{Contender.__name__} needs conditioning='z_0'"):
         Contender(**options)
+
+
+# --- A coefficient that is learned from earlier draws ---------------------------------------------
+
+
+def learned(vae, x, evaluations=60, **options):
+    r"""Returns a control variate that has learned, from data of its own draws."""
+    elbo = Regressed_ELBO("uniform", **options)
+    for _ in range(evaluations):
+        elbo.loss_and_grads(vae.model, vae.guide, x.repeat(20, 1))
+    vae.zero_grad()
+    return elbo
+
+
+@pytest.mark.parametrize("options", [SINGLE, {}], ids=["iid", "default"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_learned_coefficient_is_unbiased(x, k, options):
+    vae = linear_gaussian_vae(4).to(x.device)
+    elbo = learned(vae, x, k=k, **options)
+    gh, hh = elbo.products
+    assert abs(gh / hh) > 0.02
+    assert_matches_oracle(elbo, vae, x, target=0.05)
+
+
+def test_the_coefficient_of_a_standard_prior_is_one(x):
+    r"""Its KLs are the control itself, and nothing is left of the timesteps' noise."""
+    vae = linear_gaussian_vae(4).to(x.device)
+    for parameter in vae.prior.parameters():
+        parameter.data.zero_()
+    elbo = learned(vae, x, k=2, **SINGLE)
+    assert elbo.products[0] / elbo.products[1] == pytest.approx(1.0, abs=0.03)
+
+
+def test_the_regression_has_less_variance_than_either_fixed_coefficient(x):
+    r"""Where the prior is far from standard: one is too much, and nothing is too little."""
+    vae = linear_gaussian_vae(4, seed=1).to(x.device)
+    variances = []
+    for elbo in (
+        Timestep_ELBO("uniform", k=1, **SINGLE),
+        ControlVariate_ELBO("uniform", k=1, **SINGLE),
+        learned(vae, x, k=1, **SINGLE),
+    ):
+        columns = gradient_of(draws(elbo, vae, x), vae, "encoder")
+        variances.append(total_variance(torch.cat([c.flatten(2) for c in columns], -1)))
+    (none, none_se), (one, one_se), (best, se) = variances
+    assert best - none < -3 * (se**2 + none_se**2) ** 0.5
+    assert best - one < 3 * (se**2 + one_se**2) ** 0.5
 
 
 # --- Hybrid: the gradient of the prior given x ----------------------------------------------------

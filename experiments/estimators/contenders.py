@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vaediff.diffusion import base_normal, normal, q_reverse_moments
-from pyro_vaediff.infer import LossAwareTimesteps, Term, Timestep_ELBO
+from pyro_vaediff.infer import LossAwareTimesteps, QuasiRandom, Term, Timestep_ELBO
+from pyro_vaediff.infer.collapse import PLATE
 from pyro_vaediff.infer.trace_kl_elbo import sites
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.schedules import at_time
@@ -28,8 +30,11 @@ __all__ = [
     "Hybrid_ELBO",
     "Orthogonal",
     "Orthogonal_ELBO",
+    "Regressed_ELBO",
     "Shared",
     "Shared_ELBO",
+    "SobolPerBatch_ELBO",
+    "SobolPerDatum_ELBO",
 ]
 
 
@@ -148,6 +153,43 @@ class ControlVariate_ELBO(_Corrected):
         return sampled, scale_and_mask(sum_rightmost(expected, n), start["scale"], start["mask"])
 
 
+class Regressed_ELBO(ControlVariate_ELBO):
+    r"""The same control variate times a coefficient that is regressed on earlier draws.
+
+    With the gradients :math:`g` of the terms and :math:`h` of the control with respect to
+    :math:`z_0`, the variance of :math:`g - c h` is smallest for :math:`c = E\langle g, h \rangle /
+    E \|h\|^2`. Both are running means of earlier evaluations, so that the coefficient does not
+    depend on the draws that it corrects, and there is no bias. To learn takes another backward pass
+    through the denoiser.
+
+    Arguments:
+        args: Arguments of :class:`Timestep_ELBO`.
+        decay: How much of the running means an evaluation leaves.
+        kwargs: Keyword arguments of :class:`Timestep_ELBO`.
+    """
+
+    def __init__(self, *args: Any, decay: float = 0.95, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.decay, self.products = decay, (0.0, 0.0)
+
+    def correct(self, term: Term, z_t: Tensor, start: dict) -> Iterator[Term]:
+        sampled, expected = self.gaussian(term.site, z_t, start)
+        gh, hh = self.products
+        c = gh / hh if hh else 0.0
+        if torch.is_grad_enabled() and start["value"].requires_grad:
+            g, h = (
+                torch.autograd.grad(y, start["value"], retain_graph=True)[0]
+                for y in (term.value.sum(), sampled.sum() - expected.sum())
+            )
+            new = ((g * h).sum().item(), h.square().sum().item())
+            self.products = tuple(
+                self.decay * old + (1 - self.decay) * now
+                for old, now in zip(self.products, new, strict=True)
+            )
+        yield Term(term.name.removesuffix("z_s") + "control", c * expected, "control", start)
+        yield term._replace(value=term.value - c * sampled)
+
+
 class Coupled(Messenger, ABC):
     r"""An effect handler that couples the noises of a datum's timesteps.
 
@@ -196,23 +238,34 @@ class Shared(Coupled):
         return noise[..., :1, :].expand_as(noise)
 
 
-class _Coupled_ELBO(Timestep_ELBO):
-    coupling: type[Coupled]
+class _Handled_ELBO(Timestep_ELBO):
+    handler: Callable[[], Messenger]
 
     def _get_trace(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
     ) -> tuple[Trace, Trace]:
-        guide = self.coupling(self.mirrored_plates[0])(guide)
-        return super()._get_trace(model, guide, args, kwargs)
+        return super()._get_trace(model, type(self).handler()(guide), args, kwargs)
 
 
-class Orthogonal_ELBO(_Coupled_ELBO):
+class Orthogonal_ELBO(_Handled_ELBO):
     r"""A :class:`Timestep_ELBO` whose timesteps have orthogonal noise."""
 
-    coupling = Orthogonal
+    handler = partial(Orthogonal, PLATE)
 
 
-class Shared_ELBO(_Coupled_ELBO):
+class Shared_ELBO(_Handled_ELBO):
     r"""A :class:`Timestep_ELBO` whose timesteps have the same noise."""
 
-    coupling = Shared
+    handler = partial(Shared, PLATE)
+
+
+class SobolPerDatum_ELBO(_Handled_ELBO):
+    r"""A :class:`Timestep_ELBO` whose :math:`(t, \epsilon)` of a datum are Sobol points."""
+
+    handler = partial(QuasiRandom, *Timestep_ELBO.mirrored_plates)
+
+
+class SobolPerBatch_ELBO(_Handled_ELBO):
+    r"""A :class:`Timestep_ELBO` whose :math:`(z_0, t, \epsilon)` of a batch are Sobol points."""
+
+    handler = partial(QuasiRandom, "data", *Timestep_ELBO.mirrored_plates)

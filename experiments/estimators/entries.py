@@ -3,6 +3,7 @@ r"""The estimators on the bench, one entry each."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,13 @@ from .contenders import (
     GradientAware,
     Hybrid_ELBO,
     Orthogonal_ELBO,
+    Regressed_ELBO,
     Shared_ELBO,
+    SobolPerBatch_ELBO,
+    SobolPerDatum_ELBO,
 )
 from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
+from .score import ScoreFunction_ELBO, VarGrad_ELBO
 
 __all__ = ["BASELINE", "ENTRIES", "SERIOUS"]
 
@@ -44,8 +49,8 @@ _entries = [
     # What everything is compared with: one uniform timestep per datum, as in the paper.
     timestep_entry("uniform"),
     # All T sites, as the programs are written.
-    Entry("Trace_ELBO", "unrolled", Trace_ELBO, unrolled=True),
-    Entry("TraceGraph_ELBO", "unrolled", TraceGraph_ELBO, unrolled=True),
+    Entry("Trace_ELBO", "unrolled", Trace_ELBO, "forward", unrolled=True),
+    Entry("TraceGraph_ELBO", "unrolled", TraceGraph_ELBO, "forward", unrolled=True),
     Entry("closed-form KLs, posterior", "unrolled", TraceKL_ELBO, "posterior", unrolled=True),
     Entry("closed-form KLs, reversed", "unrolled", TraceKL_ELBO, "reversed", unrolled=True),
     # All timesteps at once.
@@ -84,6 +89,22 @@ _entries = [
     *(
         timestep_entry("importance", 8, group="other ideas", make=make, **LD)
         for make in (Hybrid_ELBO, ControlVariate_ELBO, Orthogonal_ELBO, Shared_ELBO)
+    ),
+    *(
+        timestep_entry("importance", 8, group="other ideas", make=make)
+        for make in (SobolPerDatum_ELBO, SobolPerBatch_ELBO)
+    ),
+    *(
+        replace(
+            timestep_entry("importance", 8, make=Regressed_ELBO, group="other ideas", **options),
+            warmup=40,  # it learns
+        )
+        for options in (LD, ANTITHETIC)
+    ),
+    # The encoder's gradient without a path.
+    *(
+        timestep_entry("importance", 8, make=make, group="score function", **LD)
+        for make in (ScoreFunction_ELBO, VarGrad_ELBO)
     ),
     # What is not an estimator of the bound.
     *(

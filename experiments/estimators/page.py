@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from study import number, table
 
-from pyro_vaediff.bench import Reference
+from pyro_vaediff.bench import Reference, plot_pareto
 from pyro_vaediff.files import write_atomically, write_csv
 
 from .entries import BASELINE, ENTRIES
-from .plots import plot_convergence, plot_gradient_noise, plot_pareto
+from .plots import plot_convergence, plot_gradient_noise
 
 Record = dict[str, Any]
 
@@ -49,8 +49,8 @@ def write_page(
         "Values are in nats per datum. The bias has a 95 % confidence interval. The variance of a "
         "gradient is the trace of its covariance, SNR its signal-to-noise ratio. *z_t* counts the "
         "latents per datum at which the denoiser is evaluated. Times are those of a whole training "
-        "step, and memory that of the tensors which it makes. The merit is variance × time, as a "
-        "multiple of what the first row makes of it.",
+        "step, and memory that of the tensors which it makes. The last columns are the effective "
+        "compute multipliers: variance × time of the first row, as a multiple of an estimator's.",
         "",
         *(f"![{caption}]({name}.png)" + "\n" for name, caption in pictures.items()),
     ]
@@ -133,7 +133,8 @@ def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = N
     """
     order = ("prior", "encoder", "decoder")
     header = ["estimator", "bias (nats)", "sd", "gradient variance: prior", *order[1:]]
-    header += ["SNR: prior", *order[1:], "z_t per datum", "ms", "MB", "merit: prior", *order[1:]]
+    header += ["SNR: prior", *order[1:], "z_t per datum", "ms", "MB"]
+    header += ["compute multiplier: prior", *order[1:]]
     rows = []
     for r in records:
         bias = f"{number(r['bias'], 2, '+')} ± {1.96 * r['bias_se']:.2f}"
@@ -151,7 +152,10 @@ def markdown_table(records: Sequence[Record], noise: dict[str, float] | None = N
             significant(r["ms"]),
             significant(r["megabytes"]),
         )
-        merits = (significant(r[f"{module}_merit"]) for module in order)
+        merits = (
+            " ± ".join(significant(r[f"{module}_merit{se}"]) for se in ("", "_se"))
+            for module in order
+        )
         rows.append([name, bias, significant(r["sd"]), *noises, *costs, *merits])
     if noise is not None:
         variances = (significant(noise[module]) for module in order)

@@ -2,6 +2,7 @@ r"""The cost of one evaluation of an estimator: network evaluations, time and me
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import weakref
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from ..infer import Estimator
 from ..sampling.solvers import check_diffusion
 from ..vae import VAE
+from .programs import Data, Programs, arguments, num_data, own_store, programs_of
 
-__all__ = ["count_evaluations", "peak_memory", "step_times", "whole_step"]
+__all__ = ["count_evaluations", "peak_memory", "step_times", "timings", "whole_step"]
 
 
 @contextmanager
@@ -115,26 +116,28 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     return memory.peak
 
 
-def whole_step(elbo: Estimator, vae: VAE, x: Tensor) -> Callable[[], object]:
-    r"""Returns a whole training step: loss, gradient, clipping, Adam. It leaves the VAE as it is.
+def whole_step(elbo: Estimator, vae: VAE | Programs, x: Data) -> Callable[[], object]:
+    r"""Returns a whole training step: loss, gradient, clipping, Adam. Parameters stay as they are.
 
     Arguments:
         elbo: The estimator.
-        vae: The VAE.
-        x: The data, with shape :math:`(B, *)`.
+        vae: The VAE, or any programs.
+        x: The data, with shape :math:`(B, *)`, or the arguments of the programs.
     """
     # Adam computes all the same if its learning rate is zero.
-    parameters = list(vae.parameters())
+    programs = programs_of(vae)
+    parameters = programs.parameters
     adam = torch.optim.Adam(parameters, lr=0.0)
     for parameter in parameters:  # its state is there before the first step
         parameter.grad = torch.zeros_like(parameter)
     adam.step()
     adam.zero_grad()
-    model, guide = (poutine.scale(p, scale=1 / len(x)) for p in (vae.model, vae.guide))
+    scale = 1 / num_data(x)
+    model, guide = (poutine.scale(p, scale=scale) for p in (programs.model, programs.guide))
 
     def step() -> float:
-        with pyro.get_param_store().scope():
-            loss = elbo.loss_and_grads(model, guide, x)
+        with own_store():
+            loss = elbo.loss_and_grads(model, guide, *arguments(x))
         torch.nn.utils.clip_grad_norm_(parameters, 1e6)
         adam.step()
         adam.zero_grad()
@@ -153,10 +156,10 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def step_times(
+def timings(
     steps: Sequence[Callable[[], object]], repeats: int, device: torch.device
-) -> list[float]:
-    r"""Returns the median time of each step in milliseconds, measured in turns.
+) -> list[list[float]]:
+    r"""Returns the times of each step in milliseconds, measured in turns.
 
     Arguments:
         steps: The steps.
@@ -167,4 +170,22 @@ def step_times(
     for _ in range(repeats):
         for column, step in zip(times, steps, strict=True):
             column.append(milliseconds(step, device))
-    return [statistics.median(column) for column in times]
+    return times
+
+
+def step_times(
+    steps: Sequence[Callable[[], object]], repeats: int, device: torch.device
+) -> list[float]:
+    r"""Returns the median time of each step in milliseconds, measured in turns: :func:`timings`."""
+    return [statistics.median(column) for column in timings(steps, repeats, device)]
+
+
+def median_se(times: Sequence[float]) -> float:
+    r"""Returns the standard error of a median, :math:`\sqrt{\pi / 2 n} \, \sigma`.
+
+    The deviation :math:`\sigma` is that of normal times with the same median absolute deviation: a
+    few steps that were disturbed do not count.
+    """
+    median = statistics.median(times)
+    deviation = statistics.median(abs(time - median) for time in times) / 0.6745
+    return math.sqrt(math.pi / (2 * len(times))) * deviation

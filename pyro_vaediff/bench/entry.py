@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from ..infer import Estimator, Proposal, Timestep_ELBO, particle_options
-from ..vae import VAE
 
 __all__ = ["Entry", "timestep_entry"]
 
@@ -22,7 +21,7 @@ class Entry:
         name: Its name, in tables and on plots.
         group: The family that it belongs to, which decides its color.
         make: A function without arguments that returns a new estimator.
-        order: The order of the guide of the diffusion prior.
+        order: The order of the guide of the diffusion prior, if it is not to stay as it is.
         unrolled: Whether all :math:`T + 1` sites are sampled, at a cost that grows with :math:`T`.
         warmup: The number of evaluations that its proposal learns from before it is measured.
         counterexample: Why it is no estimator of the ELBO, if it is not.
@@ -33,11 +32,11 @@ class Entry:
     name: str
     group: str
     make: Callable[[], Estimator]
-    order: str = "forward"
+    order: str | None = None
     unrolled: bool = False
     warmup: int = 0
     counterexample: str = ""
-    predict: Callable[[Any, VAE, Tensor, int], Sequence[float]] | None = None
+    predict: Callable[[Any, Any, Tensor, int], Sequence[float]] | None = None
 
 
 def timestep_entry(

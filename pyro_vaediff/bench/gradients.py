@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import pyro
 import torch
 from torch import Tensor
 
 from ..infer import Estimator, Proposal, Timestep_ELBO
 from ..priors import DiffusionPrior
 from ..vae import VAE
+from .programs import Data, Programs, arguments, num_data, own_store, programs_of
 
 __all__ = ["Draws", "Noise", "draw", "gradient_noise_by_timestep", "noise_of", "optimal_proposal"]
 
@@ -27,7 +27,7 @@ class Draws:
 
     Arguments:
         values: The losses in nats per datum, with shape :math:`(N,)`.
-        gradients: The gradients of each module, with shapes :math:`(N, P)`.
+        gradients: The gradients of each group of parameters, with shapes :math:`(N, P)`.
     """
 
     values: Tensor
@@ -54,29 +54,31 @@ class Noise:
     bias_se: float
 
 
-def draw(elbo: Estimator, vae: VAE, batches: Iterable[Tensor]) -> Draws:
-    r"""Draws the loss and the gradient of a VAE once for each batch.
+def draw(elbo: Estimator, vae: VAE | Programs, batches: Iterable[Data]) -> Draws:
+    r"""Draws the loss and the gradient of a VAE, or of any programs, once for each batch.
 
     Arguments:
         elbo: The estimator.
-        vae: The VAE.
-        batches: The data of each draw, with shapes :math:`(B, *)`: the same ones again and again
-            for the noise of the estimator, new ones for that of the minibatch.
+        vae: The VAE, or the programs.
+        batches: The data of each draw, with shapes :math:`(B, *)`, or the arguments of the
+            programs: the same ones again and again for the noise of the estimator, new ones for
+            that of the minibatch.
     """
-    modules = {name: list(module.parameters()) for name, module in vae.named_children()}
-    for parameter in vae.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    programs = programs_of(vae)
     values: list[float] = []
-    gradients: dict[str, list[Tensor]] = {name: [] for name in modules}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in programs.groups}
     # The denoiser would otherwise fill the parameter store of whoever calls this.
-    with pyro.get_param_store().scope():
+    with own_store():
         for x in batches:
-            vae.zero_grad(set_to_none=False)
-            values.append(elbo.loss_and_grads(vae.model, vae.guide, x) / len(x))
-            for name, group in modules.items():
+            for parameter in programs.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            loss = elbo.loss_and_grads(programs.model, programs.guide, *arguments(x))
+            values.append(loss / num_data(x))
+            for name, group in programs.groups.items():
                 grads = [p.grad.flatten() for p in group if p.grad is not None]
-                gradients[name].append(torch.cat(grads) / len(x))
-    vae.zero_grad()
+                gradients[name].append(torch.cat(grads) / num_data(x))
+    for parameter in programs.parameters:
+        parameter.grad = None
     return Draws(
         torch.tensor(values, dtype=torch.float64),
         {name: torch.stack(rows) for name, rows in gradients.items()},
@@ -144,7 +146,7 @@ def gradient_noise_by_timestep(
     """
     modules = {"encoder": vae.encoder, "prior": vae.prior}
     squares: dict[str, list[Tensor]] = {name: [] for name in modules}
-    with pyro.get_param_store().scope():
+    with own_store():
         for t in timesteps:
             elbo = Timestep_ELBO(_One(int(t)), k=1, conditioning=conditioning)
             total = {name: x.new_zeros(()) for name in modules}

@@ -1,8 +1,8 @@
 r"""The bench: bias, variance and cost of every estimator, through one function.
 
 The figure of merit of an estimator is its gradient variance times the time of a whole training
-step: the variance that is left if a fixed time is spent on independent evaluations. It is compared
-with that of the paper's choice, one uniform timestep per datum given :math:`z_0`.
+step: the variance that is left if a fixed time is spent on independent evaluations. As a multiple
+of that of a baseline, it is called *effective compute multiplier*.
 """
 
 from __future__ import annotations
@@ -13,27 +13,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
-from ..infer import Timestep_ELBO, differentiable_terms, particle_options
+from ..infer import Timestep_ELBO
 from ..sampling.solvers import check_diffusion
-from ..testing.oracle import Oracle
 from ..vae import VAE
-from .cost import count_evaluations, peak_memory, step_times, whole_step
+from .cost import count_evaluations, median_se, peak_memory, timings, whole_step
 from .entry import Entry
 from .gradients import Draws, draw, noise_of
+from .paired import random_seeds, reseeded
+from .programs import Data, Programs, arguments, num_data, own_store, programs_of
+from .reference import ANTITHETIC_PAIRS, Reference
 
 __all__ = [
-    "Reference",
     "add_merits",
     "draw_values",
-    "exact_reference",
-    "exhaustive_reference",
     "measure",
     "measure_costs",
     "minibatch_noise",
@@ -41,14 +38,17 @@ __all__ = [
     "training_step",
 ]
 
-ANTITHETIC_PAIRS = particle_options(2) | {"antithetic": True}
-MODULES = ("encoder", "decoder", "prior")
 Record = dict[str, Any]
 
 
 @contextmanager
-def guide_order(vae: VAE, order: str) -> Iterator[None]:
+def guide_order(vae: VAE | Programs, order: str | None) -> Iterator[None]:
     r"""A context inside of which the guide of a VAE's diffusion prior has an order."""
+    if order is None:
+        yield
+        return
+    if isinstance(vae, Programs):
+        raise ValueError(f"order {order!r} is one of a VAE's guide: pass the VAE, not its programs")
     prior = check_diffusion(vae.prior)
     before, prior.order = prior.order, order
     try:
@@ -57,13 +57,13 @@ def guide_order(vae: VAE, order: str) -> Iterator[None]:
         prior.order = before
 
 
-def training_step(entry: Entry, vae: VAE, x: Tensor) -> Callable[[], object]:
+def training_step(entry: Entry, vae: VAE | Programs, x: Data) -> Callable[[], object]:
     r"""Returns a whole training step with an estimator, which leaves the VAE as it is.
 
     Arguments:
         entry: The estimator.
-        vae: The VAE.
-        x: The data, with shape :math:`(B, *)`.
+        vae: The VAE, or any programs.
+        x: The data, with shape :math:`(B, *)`, or the arguments of the programs.
     """
     step = whole_step(entry.make(), vae, x)
 
@@ -74,88 +74,50 @@ def training_step(entry: Entry, vae: VAE, x: Tensor) -> Callable[[], object]:
     return ordered
 
 
-@dataclass(frozen=True)
-class Reference:
-    r"""The value that an estimator of the bound should have on average.
-
-    Arguments:
-        value: The negative ELBO, in nats per datum.
-        value_se: Its standard error, zero if it is exact.
-        gradients: Its gradient with respect to the parameters of each module.
-        again: An independent estimate of the gradients, or the same ones if they are exact.
-        evidence: :math:`\log p(x)`, in nats per datum, if it is known.
-    """
-
-    value: float
-    value_se: float
-    gradients: dict[str, Tensor]
-    again: dict[str, Tensor]
-    evidence: float | None = None
-
-
-def exact_reference(vae: VAE, x: Tensor) -> Reference:
-    r"""Returns the closed forms of a linear-Gaussian VAE."""
-    oracle = Oracle(vae, x)
-    loss = oracle.negative_elbo.mean()
-    gradients = {}
-    for name, module in vae.named_children():
-        grads = torch.autograd.grad(
-            loss, list(module.parameters()), retain_graph=True, materialize_grads=True
-        )
-        gradients[name] = torch.cat([grad.flatten() for grad in grads])
-    return Reference(loss.item(), 0.0, gradients, gradients, oracle.log_evidence.mean().item())
-
-
-def exhaustive_reference(vae: VAE, x: Tensor, draws: int = 8) -> Reference:
-    r"""Returns the mean over draws of all timesteps, with antithetic pairs of particles."""
-    elbo = Timestep_ELBO("all", **ANTITHETIC_PAIRS)
-    reference = draw(elbo, vae, itertools.repeat(x, draws))
-    return Reference(
-        reference.values.mean().item(),
-        reference.values.std().item() / draws**0.5,
-        {name: rows[::2].mean(0) for name, rows in reference.gradients.items()},
-        {name: rows[1::2].mean(0) for name, rows in reference.gradients.items()},
-    )
-
-
 def measure(
     entry: Entry,
-    vae: VAE,
-    x: Tensor,
+    vae: VAE | Programs,
+    x: Data,
     reference: Reference,
-    draws: int = 40,
+    draws: int = 100,
     seconds: float = math.inf,
     min_draws: int = 4,
+    seed: int = 0,
 ) -> tuple[Record, Draws]:
     r"""Measures the bias and the noise of an estimator.
 
+    The draws of all estimators that are measured with one seed have common random numbers, see
+    :mod:`~pyro_vaediff.bench.paired`.
+
     Arguments:
         entry: The estimator.
-        vae: The VAE.
-        x: The data, with shape :math:`(B, *)`.
+        vae: The VAE, or any programs.
+        x: The data, with shape :math:`(B, *)`, or the arguments of the programs.
         reference: What the estimator should give.
         draws: The number of independent evaluations.
         seconds: Fewer evaluations are made if they would take longer, but ``min_draws`` at least.
         min_draws: The number of evaluations that are always made.
+        seed: The seed.
 
     Returns:
         A record for the table, and the draws.
     """
-    elbo = entry.make()
+    elbo, programs = entry.make(), programs_of(vae)
+    seeds = random_seeds(seed, max(draws, min_draws))
     with guide_order(vae, entry.order):
-        with pyro.get_param_store().scope():
-            for _ in range(entry.warmup):
-                differentiable_terms(elbo, vae.model, vae.guide, x)
+        if entry.warmup:
+            draw(elbo, programs, itertools.repeat(x, entry.warmup))
         start = time.perf_counter()
-        sample = draw(elbo, vae, [x])
+        sample = draw(elbo, programs, reseeded(x, seeds[:1]))
         elapsed = time.perf_counter() - start
         count = int(max(min_draws, min(draws, seconds / elapsed)))
-        rest = draw(elbo, vae, itertools.repeat(x, count - 1))
+        rest = draw(elbo, programs, reseeded(x, seeds[1:count]))
     sample = Draws(
         torch.cat([sample.values, rest.values]),
         {name: torch.cat([g, rest.gradients[name]]) for name, g in sample.gradients.items()},
     )
-    values = sample.values.double()
+    values = sample.values
+    loss = noise_of(values[:, None], values.new_tensor([reference.value]))
     record: Record = {
         "estimator": entry.name,
         "group": entry.group,
@@ -166,28 +128,33 @@ def measure(
         "predicted_bias": 0.0,
         "predicted_bias_se": 0.0,
         "sd": values.std().item(),
+        "variance": loss.variance,
+        "variance_se": loss.variance_se,
     }
     if entry.predict is not None:
         predicted = entry.predict(elbo, vae, x, count)
         record["predicted_bias"] = statistics.mean(predicted)
         record["predicted_bias_se"] = statistics.stdev(predicted) / len(predicted) ** 0.5
-    for module in MODULES:
-        noise = noise_of(
-            sample.gradients[module], reference.gradients[module], reference.again[module]
-        )
+    for name, gradients in sample.gradients.items():
+        noise = noise_of(gradients, reference.gradients[name], reference.again[name])
         record |= {
-            f"{module}_variance": noise.variance,
-            f"{module}_variance_se": noise.variance_se,
-            f"{module}_snr": noise.snr,
-            f"{module}_bias": noise.bias,
-            f"{module}_bias_se": noise.bias_se,
+            f"{name}_variance": noise.variance,
+            f"{name}_variance_se": noise.variance_se,
+            f"{name}_snr": noise.snr,
+            f"{name}_bias": noise.bias,
+            f"{name}_bias_se": math.hypot(noise.bias_se, reference.relative_se.get(name, 0.0)),
         }
     return record, sample
 
 
 @torch.no_grad()
 def draw_values(
-    entry: Entry, vae: VAE, x: Tensor, draws: int, seconds: float = math.inf, min_draws: int = 4
+    entry: Entry,
+    vae: VAE | Programs,
+    x: Data,
+    draws: int,
+    seconds: float = math.inf,
+    min_draws: int = 4,
 ) -> Tensor:
     r"""Draws the loss alone, without its gradient.
 
@@ -202,46 +169,52 @@ def draw_values(
     Returns:
         The losses in nats per datum, with shape :math:`(N,)`.
     """
-    elbo = entry.make()
+    elbo, programs = entry.make(), programs_of(vae)
     values: list[float] = []
     start = time.perf_counter()
-    with guide_order(vae, entry.order), pyro.get_param_store().scope():
+    with guide_order(vae, entry.order), own_store():
         while len(values) < draws:
-            values.append(elbo.loss(vae.model, vae.guide, x) / len(x))
+            loss = elbo.loss(programs.model, programs.guide, *arguments(x))
+            values.append(loss / num_data(x))
             if len(values) >= min_draws and time.perf_counter() - start > seconds:
                 break
     return torch.tensor(values, dtype=torch.float64)
 
 
 def measure_costs(
-    entries: Sequence[Entry], vae: VAE, x: Tensor, repeats: int = 7
+    entries: Sequence[Entry], vae: VAE | Programs, x: Data, repeats: int = 7
 ) -> dict[str, Record]:
-    r"""Measures network evaluations, time and memory of a whole training step, by estimator.
+    r"""Measures time and memory of a whole training step, by estimator.
 
-    Steps are timed in turns, the slow ones apart from the others.
+    Of a VAE with a diffusion prior, the evaluations of its networks are counted as well. Steps are
+    timed in turns, the slow ones apart from the others.
 
     Arguments:
         entries: The estimators.
-        vae: The VAE, which stays as it is.
-        x: The data, with shape :math:`(B, *)`.
-        repeats: How many times each step is timed; once if it takes more than a second.
+        vae: The VAE, which stays as it is, or any programs.
+        x: The data, with shape :math:`(B, *)`, or the arguments of the programs.
+        repeats: How many times each step is timed; once if it takes more than a second, and then
+            without a standard error.
     """
     steps: dict[bool, dict[str, Callable[[], object]]] = {False: {}, True: {}}
     costs: dict[str, Record] = {}
+    device = programs_of(vae).parameters[0].device
     for entry in entries:
         step = training_step(entry, vae, x)
-        (first,) = step_times([step], 1, x.device)
-        with count_evaluations(vae) as counts:
-            peak = peak_memory(step, x.device)
-        costs[entry.name] = {
-            **{f"{name}_evaluations": count / len(x) for name, count in counts.items()},
-            "megabytes": peak / 1e6,
-        }
+        ((first,),) = timings([step], 1, device)
+        costs[entry.name] = {}
+        if isinstance(vae, VAE):
+            with count_evaluations(vae) as counts:
+                step()
+            costs[entry.name] = {f"{n}_evaluations": c / len(x) for n, c in counts.items()}
+        costs[entry.name]["megabytes"] = peak_memory(step, device) / 1e6
         steps[first > 1e3][entry.name] = step
     for slow, group in steps.items():
-        times = step_times(list(group.values()), 1 if slow else repeats, x.device)
-        for name, milliseconds in zip(group, times, strict=True):
-            costs[name]["ms"] = milliseconds
+        columns = timings(list(group.values()), 1 if slow else repeats, device)
+        for name, times in zip(group, columns, strict=True):
+            costs[name]["ms"] = statistics.median(times)
+            if len(times) > 1:
+                costs[name]["ms_se"] = median_se(times)
     return costs
 
 
@@ -262,7 +235,13 @@ def minibatch_noise(vae: VAE, batches: Sequence[Tensor]) -> dict[str, float]:
 
 
 def add_merits(records: Sequence[Record], baseline: str) -> None:
-    r"""Adds to each record how many times better its variance × time is than the baseline's.
+    r"""Adds to each record its effective compute multipliers, and their standard errors.
+
+    .. math:: \frac{V_0 \, \tau_0}{V \, \tau}
+
+    with the variance :math:`V` of the gradient of a group and the time :math:`\tau` of a step: how
+    many times the baseline's compute would be needed for the same noise. The standard errors are
+    those of independent variances and times; common random numbers make them smaller.
 
     Arguments:
         records: The records, with costs.
@@ -271,10 +250,18 @@ def add_merits(records: Sequence[Record], baseline: str) -> None:
     reference = next((r for r in records if r["estimator"] == baseline), None)
     if reference is None:
         raise ValueError(f"records must hold the baseline {baseline!r}, to compare the others with")
-    for record in records:
-        for module in MODULES:
-            products = [r[f"{module}_variance"] * r["ms"] for r in (reference, record)]
-            record[f"{module}_merit"] = products[0] / products[1] if products[1] else math.inf
+    groups = [key.removesuffix("_variance") for key in reference if key.endswith("_variance")]
+    for record, group in itertools.product(records, groups):
+        products = [r[f"{group}_variance"] * r["ms"] for r in (reference, record)]
+        merit = products[0] / products[1] if products[1] else math.inf
+        relative = [
+            r.get(f"{key}_se", 0.0) / r[key] if r[key] else 0.0
+            for r in (reference, record)
+            for key in (f"{group}_variance", "ms")
+        ]
+        record[f"{group}_merit"] = merit
+        known = record is reference or merit == math.inf
+        record[f"{group}_merit_se"] = 0.0 if known else merit * math.hypot(*relative)
 
 
 def rms_error(values: Tensor, reference: float) -> tuple[Tensor, Tensor]:

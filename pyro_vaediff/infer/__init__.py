@@ -25,6 +25,7 @@ from .proposals import (
     typical_kl,
     variance_kl,
 )
+from .quasi_random import QuasiRandom
 from .reweighted import REWEIGHTINGS, Reweighted
 from .score_and_path import (
     Bound,
@@ -64,6 +65,7 @@ __all__ = [
     "LossAwareTimesteps",
     "MultiSampleELBO",
     "Proposal",
+    "QuasiRandom",
     "Reweighted",
     "StickingTheLanding",
     "Term",

@@ -94,18 +94,19 @@ class Timesteps(dist.TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
-        # In float64, as the probabilities of thousands of timesteps are far below 1e-3.
-        cdf = self.probs.double().cumsum(0)
-        if self.low_discrepancy:
-            u = torch.arange(shape.numel(), dtype=cdf.dtype, device=cdf.device) / shape.numel()
-            u = ((u + torch.rand((), dtype=cdf.dtype, device=cdf.device)) % 1).reshape(shape)
-        else:
-            u = torch.rand(shape, dtype=cdf.dtype, device=cdf.device)
+        where: dict[str, Any] = {"dtype": torch.float64, "device": self.probs.device}
+        if not self.low_discrepancy:
+            return self.icdf(torch.rand(shape, **where))
+        u = torch.arange(shape.numel(), **where) / shape.numel()
+        return self.icdf(((u + torch.rand((), **where)) % 1).reshape(shape))
+
+    def icdf(self, value: Tensor) -> Tensor:
+        cdf = self.probs.double().cumsum(0)  # of thousands of timesteps, below 1e-3 each
         cdf = cdf / cdf[-1]
-        index = torch.searchsorted(cdf, u, right=True).clamp(max=len(cdf) - 1)
+        index = torch.searchsorted(cdf, value, right=True).clamp(max=len(cdf) - 1)
         if not self.continuous:
             return self.first + index
-        rest = 1 - (cdf[index] - u) / cdf.diff(prepend=cdf.new_zeros(1))[index]
+        rest = 1 - (cdf[index] - value) / cdf.diff(prepend=cdf.new_zeros(1))[index]
         return self.first - 1 + index + rest.clamp(0, 1 - 1e-9)  # inside, whatever its rounding
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -155,8 +156,7 @@ class ImportanceTimesteps(Proposal):
     r"""Timesteps in proportion to the terms that a standard Gaussian :math:`q(z_0)` would have.
 
     If the aggregate posterior is :math:`\mathcal{N}(0, I)` and the prior as well, every term is
-    known in closed form, see :func:`typical_kl`. Trained
-    models differ from that by a factor that changes slowly with :math:`t`.
+    known in closed form, :func:`typical_kl`, and trained models differ by a slowly varying factor.
 
     Arguments:
         scale: The encoder scale :math:`s` that is assumed when conditioning on ``"x"``.

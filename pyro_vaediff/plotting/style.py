@@ -17,6 +17,7 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
 )  # fmt: skip
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX*"
 GREY = "#595959"
 FONT = 13  # in points, on slides of 4.5 inches
 

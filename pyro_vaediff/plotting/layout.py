@@ -15,8 +15,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from pyro_vaediff.plotting.charts import check_finite
-from pyro_vaediff.plotting.style import FONT, GREY
+from .charts import check_finite
+from .style import FONT, GREY
 
 
 def check_keys(
