@@ -48,12 +48,35 @@ class Vectors(nn.Module):
     """
 
     any_batch = True
+    rows = 2048  #: The latents that a CPU evaluates at once if no gradients are needed.
 
     def __init__(self, event_shape: int | Sequence[int], num_outputs: int = 1):
         super().__init__()
         self.event_shape = torch.Size(as_shape("event_shape", event_shape))
         self.num_outputs = num_outputs
         self.features = self.event_shape.numel()
+
+    def forward(self, z: Tensor, told: Tensor, c: Tensor | None = None) -> Outputs:
+        r"""Returns the outputs.
+
+        Arguments:
+            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
+            told: The log-SNR, or the time in :math:`[0, 1]` of an :class:`MLPBackbone`,
+                broadcastable to shape :math:`(*)`.
+            c: The context, broadcastable to shape :math:`(*, F)`.
+        """
+        z = self.flatten(z)
+        size = self.rows * self.features * len(z) // max(1, z.numel())
+        if torch.is_grad_enabled() or z.device.type != "cpu" or z.ndim < 2 or size >= len(z):
+            return self.split(self.outputs_of(z, told, c))
+        # Block by block, what is between two matrix products stays in the cache.
+        zs = z.split(max(1, size))
+        blocks = zip(zs, of_blocks(told, z.ndim - 1, zs), of_blocks(c, z.ndim, zs), strict=True)
+        return self.split(torch.cat([self.outputs_of(*block) for block in blocks]))
+
+    def outputs_of(self, z: Tensor, told: Tensor, c: Tensor | None) -> Tensor:
+        r"""Returns the outputs side by side, of latents that are vectors."""
+        raise NotImplementedError
 
     def flatten(self, z: Tensor) -> Tensor:
         return z if len(self.event_shape) == 1 else z.flatten(-len(self.event_shape))
@@ -64,6 +87,13 @@ class Vectors(nn.Module):
             for out in h.split(self.features, -1)
         ]
         return outputs[0] if self.num_outputs == 1 else tuple(outputs)
+
+
+def of_blocks(x: Tensor | None, ndim: int, blocks: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    r"""Returns the rows of each block of what is there for all rows, or for each of them."""
+    if x is None or x.ndim < ndim or len(x) == 1:
+        return [x] * len(blocks)
+    return x.split(len(blocks[0]))
 
 
 class MLPBackbone(Vectors):
@@ -95,18 +125,10 @@ class MLPBackbone(Vectors):
         inputs = self.features + embedding_dim + context_features
         self.net = zero_last(mlp(inputs, num_outputs * self.features, hidden_features))
 
-    def forward(self, z: Tensor, t: Tensor, c: Tensor | None = None) -> Outputs:
-        r"""Returns the outputs.
-
-        Arguments:
-            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
-            t: The times in :math:`[0, 1]`, broadcastable to shape :math:`(*)`.
-            c: The context, broadcastable to shape :math:`(*, F)`.
-        """
-        z = self.flatten(z)
-        told = [sinusoidal_embedding(1000 * t, self.embedding_dim), *([] if c is None else [c])]
-        inputs = [z, *(x.expand(*z.shape[:-1], -1) for x in told)]
-        return self.split(self.net(torch.cat(inputs, dim=-1)))
+    def outputs_of(self, z: Tensor, told: Tensor, c: Tensor | None) -> Tensor:
+        more = [sinusoidal_embedding(1000 * told, self.embedding_dim), *([] if c is None else [c])]
+        inputs = [z, *(x.expand(*z.shape[:-1], -1) for x in more)]
+        return self.net(torch.cat(inputs, dim=-1))
 
 
 class ResidualMLP(Vectors):
@@ -146,18 +168,11 @@ class ResidualMLP(Vectors):
         self.outputs = nn.Linear(width, num_outputs * self.features)
         zero_last(self.outputs)
 
-    def forward(self, z: Tensor, log_snr: Tensor, c: Tensor | None = None) -> Outputs:
-        r"""Returns the outputs.
-
-        Arguments:
-            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
-            log_snr: The log-SNR, broadcastable to shape :math:`(*)`.
-            c: The context, broadcastable to shape :math:`(*, F)`.
-        """
-        told, h = self.embedding(log_snr), self.inputs(self.flatten(z))
+    def outputs_of(self, z: Tensor, told: Tensor, c: Tensor | None) -> Tensor:
+        embedding, h = self.embedding(told), self.inputs(z)
         for block in self.blocks:
-            h = block(h, told, c)
-        return self.split(self.outputs(F.silu(h)))
+            h = block(h, embedding, c)
+        return self.outputs(silu(h))
 
 
 class ResidualBlock(nn.Module):
@@ -176,7 +191,16 @@ class ResidualBlock(nn.Module):
         told = self.time(embedding)
         if c is not None:
             told = told + self.context(c)
-        return h + self.second(F.silu(self.first(self.norm(h)) + told))
+        return plus(self.second(silu(plus(self.first(self.norm(h)), told))), h)
+
+
+# Without gradients, features that nobody else needs are overwritten.
+def silu(h: Tensor) -> Tensor:
+    return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
+def plus(h: Tensor, other: Tensor) -> Tensor:
+    return h + other if torch.is_grad_enabled() else h.add_(other)
 
 
 class TimeAdapter(nn.Module):

@@ -15,6 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from ..infer import Estimator, differentiable_terms
+from ..register import RegisterOnce
 from ..vae import VAE
 from . import distributed
 from .config import TrainConfig
@@ -84,7 +85,8 @@ class TorchOptim(PyroOptim):
         if unknown:
             shapes = ", ".join(str(tuple(p.shape)) for p in unknown)
             raise ValueError(f"the optimizer lacks parameters of the programs, of shapes {shapes}")
-        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        foreach = self.parameters[0].device.type in ("cpu", "cuda") or None
+        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=foreach)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -109,21 +111,29 @@ class TermsLoss:
     r"""The loss of :class:`pyro.infer.SVI`, whose terms stay on their device.
 
     The processes of a :func:`~pyro_vaediff.train.distributed.process_group` take the same step,
-    along the sum of their gradients.
+    along the sum of their gradients. Modules register their parameters in one step of a hundred:
+    the optimizer has them already, and complains of one that it lacks.
 
     Arguments:
         elbo: The estimator.
         optim: The optimizer.
     """
 
+    register_every = 100
+
     def __init__(self, elbo: Estimator, optim: TorchOptim):
         self.elbo, self.optim = elbo, optim
+        self._once, self._calls = RegisterOnce(), 0
         #: The terms of the last loss, by name.
         self.terms: dict[str, Tensor] = {}
 
     def __call__(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         r"""Adds the gradient of the loss to those of the parameters, and keeps its terms."""
-        terms = differentiable_terms(self.elbo, model, guide, *args, **kwargs)
+        if self._calls % self.register_every == 0:
+            self._once.clear()
+        self._calls += 1
+        with self._once:
+            terms = differentiable_terms(self.elbo, model, guide, *args, **kwargs)
         reduce(add, terms.values()).backward()
         self.terms = {name: term.detach() for name, term in terms.items()}
         gradients = [p.grad for p in self.optim.parameters if p.grad is not None]
