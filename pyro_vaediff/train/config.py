@@ -68,7 +68,13 @@ class EstimatorConfig(Checked):
     timesteps: str = option(
         "importance", "which timesteps", choice(("all", *PROPOSALS)), of=TIMESTEP
     )
-    k: int = option(8, "timesteps per datum", whole(), of=TIMESTEP)
+    k: int | str = option(
+        8,
+        "timesteps per datum, or 'auto' for what the measured noise of the gradient is worth",
+        whole(word="auto"),
+        metavar="K",
+        of=TIMESTEP,
+    )
     conditioning: str = option("z_0", "what the KLs are given", choice(("z_0", "x")), of=TIMESTEP)
     no_antithetic: bool = option(False, "independent noise in place of mirrored pairs", of=TERMS)
     entropy: str = option(
@@ -103,8 +109,12 @@ class TrainConfig(Checked):
     """
 
     epochs: int = option(100, "passes that train everything", whole(0))
-    gaussian_epochs: int = option(
-        0, "the first of these, in which N(0, I) stands in for the prior", whole(0)
+    gaussian_epochs: int | str = option(
+        0,
+        "the first of these, in which N(0, I) stands in for the prior; 'auto': until the encoder "
+        "has settled",
+        whole(0, word="auto"),
+        metavar="N",
     )
     prior_epochs: int = option(0, "passes after --epochs that train only the prior", whole(0))
     batch_size: int = option(100, "images per step, of all processes together", whole())
@@ -116,7 +126,9 @@ class TrainConfig(Checked):
         check_nonnegative,
     )
     lr_schedule: str = option(
-        "constant", "of the rates, cosine to zero", choice(("constant", "cosine"))
+        "constant",
+        "of the rates: cosine to zero, inverse-sqrt of the step, which knows of no end",
+        choice(("constant", "cosine", "inverse-sqrt")),
     )
     warmup: int = option(0, "steps in which the rates rise", whole(0))
     beta: tuple[float, ...] = option(
@@ -142,10 +154,18 @@ class TrainConfig(Checked):
     ema: float = option(
         0.0, "decay of a weight average, 0: none", number("in [0, 1)", lambda x: 0 <= x < 1)
     )
+    ema_share: float = option(
+        0.0,
+        "share of the steps so far that a weight average is over, in place of --ema",
+        number("in [0, 1]", lambda x: 0 <= x <= 1),
+    )
     precision: str = option(
         "float32",
         "of the networks, bf16 for autocast of the convolutions",
         choice(("float32", "float64", "bf16")),
+    )
+    channels_last: bool = option(
+        False, "memory format of convolutions, which may be faster, above all with bf16"
     )
     seed: int = option(0, "of everything random", lambda name, value: check_seed(value, name))
     max_steps: int | None = option(None, "steps after which training ends", whole())
@@ -154,6 +174,9 @@ class TrainConfig(Checked):
         None, "epochs without a better validation loss before training ends", whole()
     )
     validate_every: int = option(1, "epochs from one validation to the next", whole())
+    validate_k: int = option(
+        32, "timesteps per validation image, with the same random numbers each time", whole()
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,7 +186,11 @@ class TrainConfig(Checked):
             check_nonnegative("each of beta", value)
         if self.kl_balance and not self.kl_warmup:
             raise ValueError("kl_balance ends with the warm-up of the KL: give kl_warmup")
-        if self.gaussian_epochs > self.epochs:
+        if self.ema and self.ema_share:
+            raise ValueError(
+                f"ema_share={self.ema_share} takes the place of ema, got {self.ema}: leave one out"
+            )
+        if self.gaussian_epochs != "auto" and self.gaussian_epochs > self.epochs:
             raise ValueError(
                 f"gaussian_epochs must be at most epochs={self.epochs}, got {self.gaussian_epochs}"
             )

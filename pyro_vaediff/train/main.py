@@ -236,6 +236,8 @@ def run(config: Config, device: torch.device) -> None:
     options = asdict(config.elbo)
     name, antithetic = options.pop("estimator"), not options.pop("no_antithetic")
     options |= {"antithetic": antithetic}
+    if auto_k := options["k"] == "auto":
+        options.pop("k")  # from the default to the best
     elbo = make_elbo(name, **options | particle_options(config.elbo.num_particles))
     trainer = Trainer.from_config(
         model,
@@ -247,12 +249,13 @@ def run(config: Config, device: torch.device) -> None:
         config.run.snapshots,
         config.run.init,
         labels=labels,
+        auto_k=auto_k,
     )
     if config.run.resume:
         trainer.resume()
 
     settings = asdict(model) | asdict(config.train) | {"estimator": name} | options
-    settings |= {"dataset": config.data.dataset, "groups": data.groups}
+    settings |= {"k": config.elbo.k, "dataset": config.data.dataset, "groups": data.groups}
     settings |= {"device": str(device), "processes": distributed.size()}
     settings |= {"deterministic": config.run.deterministic, "torch": torch.__version__}
     counts = {

@@ -1,9 +1,9 @@
-r"""One torch optimizer for Pyro's SVI, its learning rates, and an average of the weights."""
+r"""One torch optimizer for Pyro's SVI, and its learning rates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -23,7 +23,6 @@ from .config import TrainConfig
 __all__ = [
     "TermsLoss",
     "TorchOptim",
-    "WeightAverage",
     "learning_rate",
     "make_optim",
     "make_svi",
@@ -107,6 +106,10 @@ class TorchOptim(PyroOptim):
             self.scheduler.load_state_dict(state_dict["scheduler"])
 
 
+#: The epochs before a learning rate falls like the inverse square root of the step.
+HOLD = 10
+
+
 class TermsLoss:
     r"""The loss of :class:`pyro.infer.SVI`, whose terms stay on their device.
 
@@ -139,6 +142,13 @@ class TermsLoss:
         gradients = [p.grad for p in self.optim.parameters if p.grad is not None]
         distributed.sum_([*gradients, *self.terms.values()])
         return 0.0  # a number that is read from the device would have to be waited for
+
+    def gradient(self, model: Callable, guide: Callable, *args: Any) -> Sequence[Tensor]:
+        r"""Returns the gradient of the loss by parameter, and leaves those of the parameters."""
+        parameters = [p for p in self.optim.parameters if p.requires_grad]
+        with self._once:
+            loss = reduce(add, differentiable_terms(self.elbo, model, guide, *args).values())
+        return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
 
 def make_svi(
@@ -191,6 +201,8 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], 
         warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         if config.lr_schedule == "constant":
             return warm
+        if config.lr_schedule == "inverse-sqrt":
+            return warm * math.sqrt(min(1.0, HOLD * steps_per_epoch / max(1, step)))
         start = config.epochs * steps_per_epoch
         done = (step - start) / alone if step >= start else step / joint
         return warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
@@ -216,44 +228,14 @@ def make_optim(
     fused = vae.prior.origin.device.type in ("cpu", "cuda")
     make = make_optimizer or partial(torch.optim.AdamW, weight_decay=0.0, fused=fused)
     optimizer = make(parameter_groups(vae, config))
+    if config.lr_schedule == "constant" and not config.warmup:
+        return TorchOptim(optimizer, config.clip_norm)
     factor = learning_rate(config, steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return TorchOptim(optimizer, config.clip_norm, scheduler)
 
 
-class WeightAverage:
-    r"""An exponential moving average of a model's state: its weights and its statistics.
-
-    Arguments:
-        model: The model.
-        decay: How much of the average an update leaves.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.count = decay, 0
-        # Without the tables of a schedule, which are no state: they are constants, some infinite.
-        self.values = {name: x.clone() for name, x in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        r"""Moves the average towards a model; the first update copies it."""
-        ours, theirs = [], []
-        for name, x in model.state_dict().items():
-            if x.is_floating_point() and self.count:
-                ours.append(self.values[name])
-                theirs.append(x)
-            else:  # such as a number of batches, and all of the first model
-                self.values[name].copy_(x)
-        if ours:
-            torch._foreach_lerp_(ours, theirs, 1 - self.decay)
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        r"""Returns the average and the number of updates."""
-        return self.values | {"count": torch.tensor(self.count)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        r"""Restores what :meth:`state_dict` returned."""
-        self.count = int(state_dict["count"])
-        for name, value in self.values.items():
-            value.copy_(state_dict[name])
+def describe(terms: dict[str, Tensor]) -> str:
+    r"""Returns the terms of a loss on one line, their sum first."""
+    values = {"-ELBO": sum(terms.values())} | (terms if len(terms) > 1 else {})
+    return ", ".join(f"{name} {float(value):.1f}" for name, value in values.items())
