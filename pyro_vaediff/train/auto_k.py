@@ -1,12 +1,12 @@
 r"""A number of timesteps that follows the noise of the gradient, and what it costs to lower it.
 
-The gradient of a step has a part of its variance that no number of timesteps lowers, :math:`A`, from
-the minibatch and from :math:`z_0`, and a part that falls with it:
+The gradient of a step has a part of its variance that no number of timesteps lowers, :math:`A`,
+from the minibatch and from :math:`z_0`, and a part that falls with it:
 
 .. math:: \mathrm{tr} \, \mathrm{Cov}(g) = A + V / k, \qquad \mathrm{cost} = c_0 + c_1 k .
 
-In a fixed time, the variance of the mean gradient is proportional to their product, whose minimum is
-at
+In a fixed time, the variance of the mean gradient is proportional to their product, whose minimum
+is at
 
 .. math:: k^* = \sqrt{\frac{V \, c_0}{A \, c_1}} .
 """
@@ -71,8 +71,8 @@ def split_noise(low: float, high: float, total: float, ks: tuple[int, int]) -> t
 class AutoK:
     r"""Sets the number of timesteps of an estimator to the best one, measured while it trains.
 
-    A measurement takes gradients of a few minibatches, twice each with 2 and with 8 timesteps. Its
-    first one is after ``first`` steps, and each further one after twice as many: it costs ever less.
+    A measurement takes gradients of a few minibatches, twice each with 2 and with 8 timesteps. The
+    first one is after ``first`` steps, each further one after twice as many: they cost ever less.
     The variance of each parameter tensor is relative to the mean square of its gradient, as Adam
     divides by the root of it, and what was measured before counts as much as what is new.
 
