@@ -2,7 +2,7 @@ r"""Measures what a step of SVI costs, against the same loss written by hand.
 
     python experiments/benchmark.py
 
-times whole training steps (loss, gradient, clipping, AdamW), evaluation and sampling, and prints the
+times training steps (loss, gradient, clipping, AdamW), evaluation and sampling, and prints the
 ratios of their medians:
 
     overhead    a step of SVI with Timestep_ELBO as the trainer takes it, over a step of a loop in
@@ -32,8 +32,8 @@ machine slows down both. A ratio is that of the medians; the quartiles are those
 the pairs. Absolute times mean little on a busy machine. Nothing is asserted about time.
 
 The table is printed, and written to ``--out`` as ``benchmark.md`` and ``benchmark.csv``. A whole
-run takes a few minutes on two CPU cores, and ``--quick`` a few seconds, with small networks whose
-ratios have no meaning.
+run takes some ten minutes on two CPU cores, most of them for ``sampler``, and ``--quick`` a few
+seconds and the command, with small networks whose ratios have no meaning.
 """
 
 from __future__ import annotations

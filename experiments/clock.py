@@ -3,14 +3,14 @@ r"""Trains models from scratch by the clock: who is ahead after 15, 30 and 60 se
     python experiments/clock.py priors
     python experiments/clock.py estimators --dataset fashion-mnist --budgets 45 180 1200
 
-The machine must be idle: the seconds are those of training and validation, on one core. ``priors``
-compares priors, each as ``run.py`` trains it without options and with those of the new recipe:
+The machine must be idle: the seconds are those of training and validation, on one core.
+``priors`` compares priors, each as ``run.py`` trains it by default and with a new recipe:
 
     --lr-schedule inverse-sqrt --ema-share 0.1 --validate-every 5 --validate-k 8
 
 and for a diffusion prior also ``--denoiser preconditioned --gaussian-epochs auto --k auto``. By
-default, the data are the digits in the split of a peer (the first 1,000 images are for training, 350
-for validation, 447 for test), with 17 levels of gray as categories and D = 16. ``estimators``
+default, the data are the digits in the split of a peer (the first 1,000 images are for training,
+350 for validation, 447 for test), with 17 levels of gray as categories and D = 16. ``estimators``
 compares numbers of timesteps of the diffusion prior, on any data.
 
 No training knows when it ends. Hence one run as long as the largest budget has the results of all:

@@ -56,16 +56,15 @@ def flops(net: ResidualMLP, num_rows: int) -> int:
 def in_turns(device: torch.device, repeats: int, *steps: Callable[[], object]) -> list[Times]:
     r"""Returns the times of each of some steps in milliseconds, measured in turns."""
     times: list[Times] = [[] for _ in steps]
-    for i in range(repeats + 1):  # the first turn warms up
+    for _ in range(repeats):
         for column, step in zip(times, steps, strict=True):
-            elapsed = milliseconds(step, device)
-            column += [elapsed] if i else []
+            column.append(milliseconds(step, device))
     return times
 
 
 @torch.no_grad()
 def exhaustive(device: torch.device, repeats: int, quick: bool) -> tuple[Times, Times, Times]:
-    r"""Returns the times of the bound of all timesteps, of its products, and of them at the peak."""
+    r"""Returns the times of a bound of all timesteps, of its products, and of these at the peak."""
     T, size, side = (10, 8, 64) if quick else (1000, 100, 2048)
     prior = make_prior(device, 100, T)
     elbo, net = Timestep_ELBO("all", entropy="exact"), prior.denoiser.backbone
@@ -80,13 +79,13 @@ def exhaustive(device: torch.device, repeats: int, quick: bool) -> tuple[Times, 
             prior.model()
 
     z, square = loc.repeat(T, 1), torch.randn(side, side, device=device)
-    bound, products, large = in_turns(
-        device,
-        repeats,
+    steps = (
         lambda: elbo.loss(model, guide),
         lambda: matrix_products(net, z),
         lambda: square @ square,
     )
+    in_turns(device, 1, *steps)  # the first turn warms up
+    bound, products, large = in_turns(device, repeats, *steps)
     share = flops(net, len(z)) / (2 * side**3)
     return bound, products, [share * elapsed for elapsed in large]
 

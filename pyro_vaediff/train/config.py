@@ -93,6 +93,11 @@ class EstimatorConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.k == "auto" and (self.timesteps == "all" or self.estimator != "timestep"):
+            raise ValueError(
+                "k='auto' needs timesteps that are drawn, got "
+                f"estimator={self.estimator!r} and timesteps={self.timesteps!r}"
+            )
         if self.weighting != "elbo" and self.conditioning == "x":
             raise ValueError(
                 f"weighting={self.weighting!r} is defined for conditioning='z_0', got 'x'"

@@ -119,6 +119,8 @@ class Config:
                 "num_timesteps='continuous' needs estimator='timestep' and weighting='elbo', got "
                 f"{self.elbo.estimator!r} and {self.elbo.weighting!r}"
             )
+        if self.elbo.k == "auto" and self.model.prior != "diffusion":
+            raise ValueError(f"k='auto' is for a diffusion prior, got prior={self.model.prior!r}")
         self.report.check_use(self.model)
 
     @classmethod
