@@ -96,13 +96,13 @@ def optimizer_of(vae: VAE) -> torch.optim.Optimizer:
 
 
 def trainer_step(vae: VAE) -> Callable[[Tensor], object]:
-    optim, programs = TorchOptim(optimizer_of(vae), CLIP_NORM), (vae.model, vae.guide)
-    return make_svi(*map(per_datum, programs), optim, Timestep_ELBO(k=K)).step
+    optim, model, guide = TorchOptim(optimizer_of(vae), CLIP_NORM), vae.model, vae.guide
+    return make_svi(per_datum(model), per_datum(guide), optim, Timestep_ELBO(k=K)).step
 
 
 def svi_step(vae: VAE) -> Callable[[Tensor], object]:
-    optim, programs = TorchOptim(optimizer_of(vae), CLIP_NORM), (vae.model, vae.guide)
-    return pyro.infer.SVI(*map(per_datum, programs), optim, loss=Timestep_ELBO(k=K)).step
+    optim, model, guide = TorchOptim(optimizer_of(vae), CLIP_NORM), vae.model, vae.guide
+    return pyro.infer.SVI(per_datum(model), per_datum(guide), optim, Timestep_ELBO(k=K)).step
 
 
 def bf16_step(vae: VAE) -> Callable[[Tensor], object]:

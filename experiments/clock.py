@@ -102,10 +102,13 @@ def load_data(args: argparse.Namespace) -> ImageData:
     from sklearn.datasets import load_digits
 
     images = torch.from_numpy(load_digits().images).to(torch.uint8).unsqueeze(1)
-    return ImageData("digits", *(part[: args.limit] for part in images.split(PEER)), levels=17)
+    train, validation, test = (part[: args.limit] for part in images.split(PEER))
+    return ImageData("digits", train, validation, test, levels=17)
 
 
-def train(recipe: Recipe, networks: str, data: ImageData, args: argparse.Namespace, seed: int):
+def train(
+    recipe: Recipe, networks: str, data: ImageData, args: argparse.Namespace, seed: int
+) -> list[dict[str, Any]]:
     r"""Returns a row per budget: the seconds, what was done in them, and the test -ELBO."""
     model = ModelConfig(
         latent_dim=args.latent_dim,

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pyro
 import pyro.distributions as dist
@@ -29,28 +30,35 @@ __all__ = ["command", "exhaustive", "matrix_products", "sampler"]
 Times = list[float]
 
 
-def make_prior(device: torch.device, latent_dim: int, num_timesteps: int) -> DiffusionPrior:
-    r"""Returns a diffusion prior whose network is not zero."""
+def make_prior(
+    device: torch.device, latent_dim: int, num_timesteps: int
+) -> tuple[DiffusionPrior, ResidualMLP]:
+    r"""Returns a diffusion prior and its network, which is not zero."""
     torch.manual_seed(0)
-    prior = DiffusionPrior(latent_dim, num_timesteps).to(device).eval()
+    net = ResidualMLP(latent_dim)
+    prior = DiffusionPrior(latent_dim, num_timesteps, backbone=net).to(device).eval()
     for parameter in prior.parameters():
         nn.init.normal_(parameter, std=0.03)
-    return prior
+    return prior, net
+
+
+def linear_layers(net: ResidualMLP) -> list[nn.Linear]:
+    r"""Returns the layers that see every latent, in their order."""
+    blocks = [layer for block in net.blocks for layer in (block.first, block.second)]
+    return cast("list[nn.Linear]", [net.inputs, *blocks, net.outputs])
 
 
 def matrix_products(net: ResidualMLP, z: Tensor) -> Tensor:
     r"""Returns what the matrix products of a network make of latents, one after the other."""
-    linear = [net.inputs, *(x for b in net.blocks for x in (b.first, b.second)), net.outputs]
     for rows in z.split(net.rows):
-        for layer in linear:
+        for layer in linear_layers(net):
             rows = rows @ layer.weight.T
     return rows
 
 
 def flops(net: ResidualMLP, num_rows: int) -> int:
     r"""Returns the operations of these products: two per weight and row."""
-    linear = (net.inputs, net.outputs, *(x for b in net.blocks for x in (b.first, b.second)))
-    return 2 * num_rows * sum(layer.weight.numel() for layer in linear)
+    return 2 * num_rows * sum(layer.weight.numel() for layer in linear_layers(net))
 
 
 def in_turns(device: torch.device, repeats: int, *steps: Callable[[], object]) -> list[Times]:
@@ -66,8 +74,8 @@ def in_turns(device: torch.device, repeats: int, *steps: Callable[[], object]) -
 def exhaustive(device: torch.device, repeats: int, quick: bool) -> tuple[Times, Times, Times]:
     r"""Returns the times of a bound of all timesteps, of its products, and of these at the peak."""
     T, size, side = (10, 8, 64) if quick else (1000, 100, 2048)
-    prior = make_prior(device, 100, T)
-    elbo, net = Timestep_ELBO("all", entropy="exact"), prior.denoiser.backbone
+    prior, net = make_prior(device, 100, T)
+    elbo = Timestep_ELBO("all", entropy="exact")
     loc = torch.randn(size, 100, device=device)
 
     def guide() -> None:
@@ -94,12 +102,12 @@ def exhaustive(device: torch.device, repeats: int, quick: bool) -> tuple[Times, 
 def sampler(device: torch.device, repeats: int, quick: bool) -> tuple[Times, Times]:
     r"""Returns the times of ancestral latents, and of the products of their denoiser."""
     T, count = (10, 20) if quick else (1000, 10_000)
-    prior = make_prior(device, 100, T)
+    prior, net = make_prior(device, 100, T)
     z = torch.randn(count, 100, device=device)
 
     def products() -> None:
         for _ in range(T):
-            matrix_products(prior.denoiser.backbone, z)
+            matrix_products(net, z)
 
     samples, floor = in_turns(device, repeats, lambda: ancestral(prior, count), products)
     return samples, floor

@@ -195,7 +195,7 @@ class TrainConfig(Checked):
             raise ValueError(
                 f"ema_share={self.ema_share} takes the place of ema, got {self.ema}: leave one out"
             )
-        if self.gaussian_epochs != "auto" and self.gaussian_epochs > self.epochs:
+        if isinstance(self.gaussian_epochs, int) and self.gaussian_epochs > self.epochs:
             raise ValueError(
                 f"gaussian_epochs must be at most epochs={self.epochs}, got {self.gaussian_epochs}"
             )
