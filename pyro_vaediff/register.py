@@ -6,9 +6,11 @@ import weakref
 
 import pyro
 from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
-__all__ = ["register"]
+__all__ = ["RegisterOnce", "register"]
 
 DIVIDER = "$$$"  # that of pyro.module, between the name of a module and that of a parameter
 
@@ -17,6 +19,7 @@ _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _registered: dict[int, weakref.ref[Tensor]] = {}
 
 
+@effectful(type="register")
 def register(name: str, module: nn.Module) -> nn.Module:
     r"""Registers the trainable parameters of a module with Pyro, under names of its own.
 
@@ -27,6 +30,8 @@ def register(name: str, module: nn.Module) -> nn.Module:
     parameter store can be loaded: values that the store has from elsewhere are copied to the module
     when it is first registered. A layer that was replaced takes the place of the old one.
     Parameters with ``requires_grad=False`` are frozen on purpose, and left out without a warning.
+
+    It is an *effectful statement*, of the message type ``"register"``: see :class:`RegisterOnce`.
 
     Arguments:
         name: A readable prefix for the names, such as ``"encoder"``.
@@ -64,6 +69,40 @@ def register(name: str, module: nn.Module) -> nn.Module:
             _registered[id(parameter)] = weakref.ref(parameter)
         pyro.param(full, parameter)
     return module
+
+
+class RegisterOnce(Messenger):
+    r"""An effect handler that has each module registered once, not in every step.
+
+    Registration walks through all of a module's parameters, which for small networks takes longer
+    than what is computed with them. Whoever steps an optimizer that has the parameters already, as
+    :func:`~pyro_vaediff.train.optim.make_svi` does, has no use for a second time.
+
+    Example:
+        >>> once, net = RegisterOnce(), nn.Linear(2, 2)
+        >>> for _ in range(2):
+        ...     with pyro.poutine.trace() as tracer, once:
+        ...         _ = register("net", net)
+        ...     print(len(tracer.trace.param_nodes))
+        2
+        0
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def clear(self) -> None:
+        r"""Has all modules registered again, such as after a layer was replaced."""
+        self.seen.clear()
+
+    def _pyro_register(self, msg: dict) -> None:
+        module = msg["args"][1]
+        if module in self.seen:
+            msg["value"] = module
+
+    def _pyro_post_register(self, msg: dict) -> None:
+        self.seen.add(msg["value"])
 
 
 def is_registered(parameter: Tensor) -> bool:

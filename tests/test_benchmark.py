@@ -53,13 +53,21 @@ def test_quick_run_writes_its_tables(tmp_path, device):
         records = list(csv.DictReader(file))
     assert [(r["measurement"], r["configuration"]) for r in records] == [
         ("overhead", "cifar10"),
+        ("plain-svi", "cifar10"),
         ("timesteps", "cifar10"),
+        ("bf16", "cifar10"),
         ("overhead", "digits"),
+        ("plain-svi", "digits"),
         ("timesteps", "digits"),
+        ("exhaustive", "matrix products"),
+        ("exhaustive", "sgemm peak"),
+        ("sampler", "matrix products"),
+        ("command", "digits"),
     ]
+    assert all(float(r["target"]) > 0 for r in records)
     for record in records:
         ratio = float(record["median_ms"]) / float(record["reference_ms"])
-        assert float(record["ratio"]) == pytest.approx(ratio, abs=1e-3)
+        assert float(record["ratio"]) == pytest.approx(ratio, rel=1e-2)  # of rounded times
     table = (tmp_path / "new" / "folder" / "benchmark.md").read_text()
     assert table in result.stdout
     assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(records)
@@ -98,8 +106,8 @@ def test_a_detached_gradient_is_found_out(by_hand, device, monkeypatch):
         by_hand.check_equal(*small(device))
 
 
-def test_both_steps_train(benchmark, device):
-    for make_step in (benchmark.svi_step, benchmark.step_by_hand):
+def test_all_steps_train(benchmark, device):
+    for make_step in (benchmark.trainer_step, benchmark.svi_step, benchmark.step_by_hand):
         vae, x = small(device)
         before = [p.detach().clone() for p in vae.parameters()]
         step = make_step(vae)
@@ -117,3 +125,38 @@ def test_steps_take_turns(benchmark, device):
     )
     assert "".join(calls) == "abbaabba"
     assert [len(column) for column in times] == [3, 3]
+
+
+def test_some_of_the_measurements(benchmark, tmp_path, device):
+    out = tmp_path / "some"
+    benchmark.main(["--quick", "--only", "sampler", "--device", str(device), "--out", str(out)])
+    with open(out / "benchmark.csv") as file:
+        assert [row["measurement"] for row in csv.DictReader(file)] == ["sampler"]
+
+
+def test_bf16_must_have_the_loss_of_float32(benchmark, device, monkeypatch):
+    vae, x = small(device)
+    benchmark.check_bf16(vae, x)
+
+    monkeypatch.setattr(benchmark, "use_channels_last", spoil)
+    with pytest.raises(RuntimeError, match="bf16 and float32 differ in the loss"):
+        benchmark.check_bf16(vae, x)
+
+
+def spoil(vae):
+    vae.encoder.head.bias.data += 9
+
+
+def test_the_floor_has_the_products_of_the_network(benchmark):
+    floors = importlib.import_module("floors")
+    prior, net = floors.make_prior(torch.device("cpu"), 3, 10)
+    z, calls, linear = torch.randn(5, 3), [], floors.linear_layers(net)
+    for layer in linear:
+        layer.register_forward_hook(lambda layer, args, out: calls.append(layer))
+    prior.denoiser(z, 4)
+    assert calls == linear
+    expected = z
+    for layer in linear:
+        expected = expected @ layer.weight.T
+    torch.testing.assert_close(floors.matrix_products(net, z), expected)
+    assert floors.flops(net, 5) == 10 * sum(layer.weight.numel() for layer in linear)

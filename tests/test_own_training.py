@@ -24,7 +24,7 @@ from pyro_vaediff.train import (
     load_vae,
     load_weights,
 )
-from pyro_vaediff.train.optim import WeightAverage
+from pyro_vaediff.train.average import WeightAverage
 from pyro_vaediff.train.report import report
 from pyro_vaediff.train.splits import Splits
 

@@ -2,6 +2,7 @@ r"""The effect handler that looks at a few timesteps of a diffusion prior in pla
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 
 import pyro
@@ -11,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ..denoise.kernel import Kernel
 from ..diffusion import normal, q_marginal, q_noise, q_reverse, q_reverse_moments
 from ..priors import DiffusionPrior, SiteInfer
 from ..register import register
@@ -51,6 +53,7 @@ class CollapseChain(Messenger):
         self.conditioning = conditioning
         self.low_discrepancy = low_discrepancy
         self.chunk_size = chunk_size
+        self._constants: weakref.WeakKeyDictionary[Kernel, float] = weakref.WeakKeyDictionary()
 
     # The statements' messages carry the prior as their first argument.
     def _pyro_diffusion_model(self, msg: dict) -> None:
@@ -131,7 +134,10 @@ class CollapseChain(Messenger):
     def add_constant(self, prior: DiffusionPrior) -> None:
         r"""Adds the sum over all timesteps of the constant part of the KLs."""
         if self.has_constant(prior) and prior.num_timesteps > 1:
-            constant = prior.latent_dim * variance_kl(prior).sum().item()
+            kernel = prior.denoiser.kernel
+            if kernel not in self._constants:
+                self._constants[kernel] = prior.latent_dim * variance_kl(prior).sum().item()
+            constant = self._constants[kernel]
             unit = dist.Unit(prior.schedule.betas.new_full((), -constant))
             pyro.sample("constant", unit, obs=unit.sample(), infer=SiteInfer(role="constant"))
 

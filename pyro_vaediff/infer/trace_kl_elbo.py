@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -65,8 +67,9 @@ class TermsELBO(TracedELBO):
         terms: dict[str, Tensor] = {}
         for particle in self.particles(model, guide, *args, **kwargs):
             for term in particle:
-                total = terms.get(term.name, 0.0)
-                terms[term.name] = total + term.value.sum() / self.num_particles
+                value = term.value.sum()
+                value = value / self.num_particles if self.num_particles > 1 else value
+                terms[term.name] = terms[term.name] + value if term.name in terms else value
         return terms
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -80,7 +83,8 @@ class TermsELBO(TracedELBO):
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
         r"""Returns an estimate of the negative ELBO, as a tensor with a gradient."""
-        loss = sum(self.terms(model, guide, *args, **kwargs).values(), torch.zeros(()))
+        terms = self.terms(model, guide, *args, **kwargs)
+        loss = reduce(add, terms.values()) if terms else torch.zeros(())
         warn_if_nan(loss, "loss")
         return loss
 

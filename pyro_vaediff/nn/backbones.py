@@ -17,15 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import as_shape, check_choice, check_whole
+from ..arguments import check_choice, check_whole
 from ..schedules import Schedule
 from .azula import DiTBackbone, UNetBackbone, ViTBackbone
 from .conv_backbone import ConvBackbone
 from .embeddings import LogSNRFeatures, check_even, sinusoidal_embedding
 from .mlp import mlp, zero_last
+from .vector_backbone import InBlocks, Outputs, plus, silu
 
 __all__ = [
     "BACKBONES",
@@ -36,37 +36,8 @@ __all__ = [
     "make_backbone",
 ]
 
-Outputs = Tensor | tuple[Tensor, ...]
 
-
-class Vectors(nn.Module):
-    r"""A backbone that sees latents of any shape as vectors.
-
-    Arguments:
-        event_shape: The shape of a latent, or its number of dimensions.
-        num_outputs: The number of outputs per latent dimension.
-    """
-
-    any_batch = True
-
-    def __init__(self, event_shape: int | Sequence[int], num_outputs: int = 1):
-        super().__init__()
-        self.event_shape = torch.Size(as_shape("event_shape", event_shape))
-        self.num_outputs = num_outputs
-        self.features = self.event_shape.numel()
-
-    def flatten(self, z: Tensor) -> Tensor:
-        return z if len(self.event_shape) == 1 else z.flatten(-len(self.event_shape))
-
-    def split(self, h: Tensor) -> Outputs:
-        outputs = [
-            out if len(self.event_shape) == 1 else out.unflatten(-1, self.event_shape)
-            for out in h.split(self.features, -1)
-        ]
-        return outputs[0] if self.num_outputs == 1 else tuple(outputs)
-
-
-class MLPBackbone(Vectors):
+class MLPBackbone(InBlocks):
     r"""An MLP of the latents and of an embedding of a time, of the size in the paper's code.
 
     Its last layer starts at zero, and so does its output: see
@@ -95,21 +66,13 @@ class MLPBackbone(Vectors):
         inputs = self.features + embedding_dim + context_features
         self.net = zero_last(mlp(inputs, num_outputs * self.features, hidden_features))
 
-    def forward(self, z: Tensor, t: Tensor, c: Tensor | None = None) -> Outputs:
-        r"""Returns the outputs.
-
-        Arguments:
-            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
-            t: The times in :math:`[0, 1]`, broadcastable to shape :math:`(*)`.
-            c: The context, broadcastable to shape :math:`(*, F)`.
-        """
-        z = self.flatten(z)
-        told = [sinusoidal_embedding(1000 * t, self.embedding_dim), *([] if c is None else [c])]
-        inputs = [z, *(x.expand(*z.shape[:-1], -1) for x in told)]
-        return self.split(self.net(torch.cat(inputs, dim=-1)))
+    def outputs_of(self, z: Tensor, told: Tensor, c: Tensor | None) -> Tensor:
+        more = [sinusoidal_embedding(1000 * told, self.embedding_dim), *([] if c is None else [c])]
+        inputs = [z, *(x.expand(*z.shape[:-1], -1) for x in more)]
+        return self.net(torch.cat(inputs, dim=-1))
 
 
-class ResidualMLP(Vectors):
+class ResidualMLP(InBlocks):
     r"""A residual MLP that is told the noise level by Fourier features of the log-SNR.
 
     They are :class:`~pyro_vaediff.nn.LogSNRFeatures`, and enter each block. Like that of
@@ -146,18 +109,11 @@ class ResidualMLP(Vectors):
         self.outputs = nn.Linear(width, num_outputs * self.features)
         zero_last(self.outputs)
 
-    def forward(self, z: Tensor, log_snr: Tensor, c: Tensor | None = None) -> Outputs:
-        r"""Returns the outputs.
-
-        Arguments:
-            z: The latents :math:`z_t`, with shape :math:`(*, \dots)`.
-            log_snr: The log-SNR, broadcastable to shape :math:`(*)`.
-            c: The context, broadcastable to shape :math:`(*, F)`.
-        """
-        told, h = self.embedding(log_snr), self.inputs(self.flatten(z))
+    def outputs_of(self, z: Tensor, told: Tensor, c: Tensor | None) -> Tensor:
+        embedding, h = self.embedding(told), self.inputs(z)
         for block in self.blocks:
-            h = block(h, told, c)
-        return self.split(self.outputs(F.silu(h)))
+            h = block(h, embedding, c)
+        return self.outputs(silu(h))
 
 
 class ResidualBlock(nn.Module):
@@ -176,7 +132,7 @@ class ResidualBlock(nn.Module):
         told = self.time(embedding)
         if c is not None:
             told = told + self.context(c)
-        return h + self.second(F.silu(self.first(self.norm(h)) + told))
+        return plus(self.second(silu(plus(self.first(self.norm(h)), told))), h)
 
 
 class TimeAdapter(nn.Module):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_shape, check_seed, check_whole
-from ..nn.backbones import TimeAdapter, Vectors
+from ..nn.backbones import TimeAdapter
+from ..nn.vector_backbone import Vectors
 from ..priors import DiffusionPrior
 from ..schedules import Schedule
 from ..vae import VAE

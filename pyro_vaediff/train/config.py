@@ -69,7 +69,13 @@ class EstimatorConfig(Checked):
     timesteps: str = option(
         "importance", "the proposal of timesteps", choice(("all", *PROPOSALS)), of=TIMESTEP
     )
-    k: int = option(8, "timesteps per datum", whole(), of=TIMESTEP)
+    k: int | str = option(
+        8,
+        "timesteps per datum, or 'auto' for the number that the noise of the gradient is worth",
+        whole(word="auto"),
+        metavar="K",
+        of=TIMESTEP,
+    )
     conditioning: str = option(
         "z_0", "the variable that the KLs are given", choice(("z_0", "x")), of=TIMESTEP
     )
@@ -90,6 +96,11 @@ class EstimatorConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.k == "auto" and (self.timesteps == "all" or self.estimator != "timestep"):
+            raise ValueError(
+                "k='auto' needs timesteps that are drawn, got "
+                f"estimator={self.estimator!r} and timesteps={self.timesteps!r}"
+            )
         if self.weighting != "elbo" and self.conditioning == "x":
             raise ValueError(
                 f"weighting={self.weighting!r} is defined for conditioning='z_0', got 'x'"
@@ -111,8 +122,12 @@ class TrainConfig(Checked):
     """
 
     epochs: int = option(100, "passes that train everything", whole(0))
-    gaussian_epochs: int = option(
-        0, "number of the first of these in which N(0, I) takes the place of the prior", whole(0)
+    gaussian_epochs: int | str = option(
+        0,
+        "number of the first of these in which N(0, I) takes the place of the prior; 'auto': until "
+        "the encoder has settled",
+        whole(0, word="auto"),
+        metavar="N",
     )
     prior_epochs: int = option(0, "passes after --epochs that train only the prior", whole(0))
     batch_size: int = option(100, "images per step, of all processes together", whole())
@@ -124,7 +139,9 @@ class TrainConfig(Checked):
         check_nonnegative,
     )
     lr_schedule: str = option(
-        "constant", "schedule of the learning rates, cosine to zero", choice(("constant", "cosine"))
+        "constant",
+        "schedule of the learning rates: cosine to zero, inverse-sqrt of the step without an end",
+        choice(("constant", "cosine", "inverse-sqrt")),
     )
     warmup: int = option(0, "steps over which the learning rates rise from zero", whole(0))
     beta: tuple[float, ...] = option(
@@ -152,10 +169,18 @@ class TrainConfig(Checked):
         "decay of the moving average of the weights, 0 for none",
         number("in [0, 1)", lambda x: 0 <= x < 1),
     )
+    ema_share: float = option(
+        0.0,
+        "share of the steps so far that a weight average is over, in place of --ema",
+        number("in [0, 1]", lambda x: 0 <= x <= 1),
+    )
     precision: str = option(
         "float32",
         "precision of the networks, bf16 for autocast of the convolutions",
         choice(("float32", "float64", "bf16")),
+    )
+    channels_last: bool = option(
+        False, "memory format of convolutions, which may be faster, above all with bf16"
     )
     seed: int = option(0, "seed of everything random", lambda name, value: check_seed(value, name))
     max_steps: int | None = option(None, "steps after which training ends", whole())
@@ -164,6 +189,9 @@ class TrainConfig(Checked):
         None, "epochs without a better validation loss before training ends", whole()
     )
     validate_every: int = option(1, "epochs from one validation to the next", whole())
+    validate_k: int = option(
+        32, "timesteps per validation image, with the same random numbers each time", whole()
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +201,11 @@ class TrainConfig(Checked):
             check_nonnegative("each of beta", value)
         if self.kl_balance and not self.kl_warmup:
             raise ValueError("kl_balance ends with the warm-up of the KL: give kl_warmup")
-        if self.gaussian_epochs > self.epochs:
+        if self.ema and self.ema_share:
+            raise ValueError(
+                f"ema_share={self.ema_share} takes the place of ema, got {self.ema}: leave one out"
+            )
+        if isinstance(self.gaussian_epochs, int) and self.gaussian_epochs > self.epochs:
             raise ValueError(
                 f"gaussian_epochs must be at most epochs={self.epochs}, got {self.gaussian_epochs}"
             )

@@ -16,19 +16,22 @@ import torch
 from tqdm import tqdm
 
 from ..data import ImageData
-from ..evaluate import evaluate, preprocess, value_elbo
+from ..evaluate import preprocess, value_elbo
 from ..files import remove_unfinished
 from ..infer import Estimator
+from ..nn.modes import use_channels_last
 from ..priors import ExemplarPrior, GaussianPrior
 from ..vae import VAE
 from . import distributed
+from .auto_k import AutoK
+from .average import WeightAverage
 from .build import make_vae
 from .config import ModelConfig, TrainConfig
 from .objective import make_objective, warm
-from .optim import WeightAverage, make_optim, make_svi, per_datum
-from .saving import NonFiniteError, Record, SavedRun, describe
-from .splits import Splits
-from .start import initialize
+from .optim import describe, make_optim, make_svi, per_datum
+from .saving import NonFiniteError, Record, SavedRun
+from .splits import Splits, validation_loss
+from .start import initialize, stands_in
 
 __all__ = ["Trainer"]
 
@@ -60,6 +63,8 @@ class Trainer(SavedRun):
         on_epoch: A function that is called with the record of each epoch, in the main process.
         on_step: What to do with the number of each step that has been taken, in every process.
         labels: Whether the labels of the images are the context, one-hot.
+        auto_k: Whether the number of timesteps of the estimator follows the noise of the gradient,
+            see :class:`~pyro_vaediff.train.auto_k.AutoK`.
 
     Raises:
         ValueError: If the arguments do not fit each other.
@@ -91,6 +96,7 @@ class Trainer(SavedRun):
         on_epoch: Callable[[Record], object] | None = None,
         on_step: Callable[[int], object] = lambda step: None,
         labels: bool = False,
+        auto_k: bool = False,
     ):
         self.config = config = TrainConfig() if config is None else config
         if not isinstance(elbo, pyro.infer.ELBO):
@@ -134,7 +140,11 @@ class Trainer(SavedRun):
                 (vae.prior_model, vae.prior_guide, elbo),
             )
         )
-        self.average = WeightAverage(vae, config.ema) if config.ema else None
+        averages = config.ema or config.ema_share
+        self.average = WeightAverage(vae, config.ema, config.ema_share) if averages else None
+        self.auto_k = AutoK(elbo, self.batch_size) if auto_k else None
+        if config.channels_last:
+            use_channels_last(vae)
         # Whatever draws random numbers between here and `fit` does not change the run.
         torch.manual_seed(config.seed)
         self._rng = self.rng_state()
@@ -225,7 +235,9 @@ class Trainer(SavedRun):
                 self.kl_weight.value = warm(self.config, self.steps, self.steps_per_epoch)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     svi.step(*(x,) if c is None else (x, c.to(x.dtype)))
-                self.steps += 1
+                    self.steps += 1
+                    if self.auto_k is not None and svi is not self.gaussian_svi:
+                        self.auto_k.follow(self.steps, svi, self.vae, self.data.train)
                 if self.average is not None:
                     self.average.update(self.vae)
                 self.on_step(self.steps)
@@ -254,7 +266,8 @@ class Trainer(SavedRun):
         done = len(self.history)
         self.vae.train()
         if done < self.config.epochs:
-            yield self.gaussian_svi if done < self.config.gaussian_epochs else self.svi
+            losses = [record["train"] for record in self.history]
+            yield self.gaussian_svi if stands_in(self.config.gaussian_epochs, losses) else self.svi
             return
         # Of the prior alone: frozen networks are in eval mode, and need no gradients.
         networks = (self.vae.encoder.eval(), self.vae.decoder.eval())
@@ -270,9 +283,8 @@ class Trainer(SavedRun):
     def validate(self, epoch: int) -> float:
         r"""Returns the negative ELBO of the validation images, in nats per datum.
 
-        The bound is estimated from 32 timesteps per datum with the same random numbers in every
-        epoch, such that models are compared and not their noise. Epochs that are not validated have
-        the loss of the one before.
+        The bound is estimated with the same random numbers in every epoch, such that models are
+        compared and not their noise. Epochs that are not validated have the loss of the one before.
 
         Arguments:
             epoch: The number of the epoch, from 1.
@@ -281,20 +293,12 @@ class Trainer(SavedRun):
         # The last epoch is always validated, whichever budget ends the run.
         if epoch % every and self.history and not self.is_spent(epoch):
             return self.history[-1]["validation"]
-        start = time.perf_counter()
-        split, seed = self.data.validation, 0
-        x, c = distributed.share(split.x), None if split.c is None else distributed.share(split.c)
-        if distributed.size() > 1:
-            seed = distributed.fold_seed(0, distributed.rank())
-        loss = torch.zeros((), dtype=torch.float64)
-        if len(x):  # or there are more processes than images
-            size = max(self.batch_size, 100)
-            terms = evaluate(self.current(), x, value_elbo(), c=c, batch_size=size, seed=seed)
-            loss += sum(terms.values()) * (len(x) / len(split))
-        distributed.sum_([loss])
+        start, size = time.perf_counter(), max(self.batch_size, 100)
+        elbo = value_elbo(self.config.validate_k)
+        loss = validation_loss(self.current(), self.data.validation, elbo, size)
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"the validation loss is {float(loss)} after epoch {epoch}{self.whereabouts()}"
+                f"the validation loss is {loss} after epoch {epoch}{self.whereabouts()}"
             )
         self.seconds += time.perf_counter() - start
-        return float(loss)
+        return loss

@@ -124,6 +124,8 @@ class Config:
                 f"prior_epochs={self.train.prior_epochs} have no data to weight the particles by, "
                 f"which estimator={self.elbo.estimator!r} needs: leave them out"
             )
+        if self.elbo.k == "auto" and self.model.prior != "diffusion":
+            raise ValueError(f"k='auto' is for a diffusion prior, got prior={self.model.prior!r}")
         self.report.check_use(self.model)
         self.model.check_objective(self.elbo.conditioning, self.train.tc_weight)
 
@@ -242,6 +244,8 @@ def run(config: Config, device: torch.device) -> None:
     options = asdict(config.elbo)
     name, antithetic = options.pop("estimator"), not options.pop("no_antithetic")
     options |= {"antithetic": antithetic}
+    if auto_k := options["k"] == "auto":
+        options.pop("k")  # from the default to the best
     elbo = make_elbo(name, **options | particle_options(config.elbo.num_particles))
     trainer = Trainer.from_config(
         model,
@@ -253,6 +257,7 @@ def run(config: Config, device: torch.device) -> None:
         config.run.snapshots,
         config.run.init,
         labels=labels,
+        auto_k=auto_k,
     )
     if config.run.resume:
         trainer.resume()
@@ -260,7 +265,7 @@ def run(config: Config, device: torch.device) -> None:
     settings = (
         asdict(trainer.model_config or model) | asdict(config.train) | {"estimator": name} | options
     )
-    settings |= {"dataset": config.data.dataset, "groups": data.groups}
+    settings |= {"k": config.elbo.k, "dataset": config.data.dataset, "groups": data.groups}
     settings |= {"device": str(device), "processes": distributed.size()}
     settings |= {"deterministic": config.run.deterministic, "torch": torch.__version__}
     counts = {

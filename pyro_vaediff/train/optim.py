@@ -1,9 +1,9 @@
-r"""One torch optimizer for Pyro's SVI, its learning rates, and an average of the weights."""
+r"""One torch optimizer for Pyro's SVI, and its learning rates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -15,6 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from ..infer import Estimator, differentiable_terms
+from ..register import RegisterOnce
 from ..vae import VAE
 from . import distributed
 from .config import TrainConfig
@@ -22,7 +23,6 @@ from .config import TrainConfig
 __all__ = [
     "TermsLoss",
     "TorchOptim",
-    "WeightAverage",
     "learning_rate",
     "make_optim",
     "make_svi",
@@ -84,7 +84,8 @@ class TorchOptim(PyroOptim):
         if unknown:
             shapes = ", ".join(str(tuple(p.shape)) for p in unknown)
             raise ValueError(f"the optimizer lacks parameters of the programs, of shapes {shapes}")
-        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        foreach = self.parameters[0].device.type in ("cpu", "cuda") or None
+        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=foreach)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -105,30 +106,49 @@ class TorchOptim(PyroOptim):
             self.scheduler.load_state_dict(state_dict["scheduler"])
 
 
+#: The epochs before a learning rate falls like the inverse square root of the step.
+HOLD = 10
+
+
 class TermsLoss:
     r"""The loss of :class:`pyro.infer.SVI`, whose terms stay on their device.
 
     The processes of a :func:`~pyro_vaediff.train.distributed.process_group` take the same step,
-    along the sum of their gradients.
+    along the sum of their gradients. Modules register their parameters in one step of a hundred:
+    the optimizer has them already, and complains of one that it lacks.
 
     Arguments:
         elbo: The estimator.
         optim: The optimizer.
     """
 
+    register_every = 100
+
     def __init__(self, elbo: Estimator, optim: TorchOptim):
         self.elbo, self.optim = elbo, optim
+        self._once, self._calls = RegisterOnce(), 0
         #: The terms of the last loss, by name.
         self.terms: dict[str, Tensor] = {}
 
     def __call__(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         r"""Adds the gradient of the loss to those of the parameters, and keeps its terms."""
-        terms = differentiable_terms(self.elbo, model, guide, *args, **kwargs)
+        if self._calls % self.register_every == 0:
+            self._once.clear()
+        self._calls += 1
+        with self._once:
+            terms = differentiable_terms(self.elbo, model, guide, *args, **kwargs)
         reduce(add, terms.values()).backward()
         self.terms = {name: term.detach() for name, term in terms.items()}
         gradients = [p.grad for p in self.optim.parameters if p.grad is not None]
         distributed.sum_([*gradients, *self.terms.values()])
         return 0.0  # a number that is read from the device would have to be waited for
+
+    def gradient(self, model: Callable, guide: Callable, *args: Any) -> Sequence[Tensor]:
+        r"""Returns the gradient of the loss by parameter, and leaves those of the parameters."""
+        parameters = [p for p in self.optim.parameters if p.requires_grad]
+        with self._once:
+            loss = reduce(add, differentiable_terms(self.elbo, model, guide, *args).values())
+        return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
 
 def make_svi(
@@ -181,6 +201,8 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], 
         warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         if config.lr_schedule == "constant":
             return warm
+        if config.lr_schedule == "inverse-sqrt":
+            return warm * math.sqrt(min(1.0, HOLD * steps_per_epoch / max(1, step)))
         start = config.epochs * steps_per_epoch
         done = (step - start) / alone if step >= start else step / joint
         return warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
@@ -206,44 +228,14 @@ def make_optim(
     fused = vae.prior.origin.device.type in ("cpu", "cuda")
     make = make_optimizer or partial(torch.optim.AdamW, weight_decay=0.0, fused=fused)
     optimizer = make(parameter_groups(vae, config))
+    if config.lr_schedule == "constant" and not config.warmup:
+        return TorchOptim(optimizer, config.clip_norm)
     factor = learning_rate(config, steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return TorchOptim(optimizer, config.clip_norm, scheduler)
 
 
-class WeightAverage:
-    r"""An exponential moving average of a model's state: its weights and its statistics.
-
-    Arguments:
-        model: The model.
-        decay: How much of the average an update leaves.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.count = decay, 0
-        # Without the tables of a schedule, which are no state: they are constants, some infinite.
-        self.values = {name: x.clone() for name, x in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        r"""Moves the average towards a model; the first update copies it."""
-        ours, theirs = [], []
-        for name, x in model.state_dict().items():
-            if x.is_floating_point() and self.count:
-                ours.append(self.values[name])
-                theirs.append(x)
-            else:  # such as a number of batches, and all of the first model
-                self.values[name].copy_(x)
-        if ours:
-            torch._foreach_lerp_(ours, theirs, 1 - self.decay)
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        r"""Returns the average and the number of updates."""
-        return self.values | {"count": torch.tensor(self.count)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        r"""Restores what :meth:`state_dict` returned."""
-        self.count = int(state_dict["count"])
-        for name, value in self.values.items():
-            value.copy_(state_dict[name])
+def describe(terms: dict[str, Tensor]) -> str:
+    r"""Returns the terms of a loss on one line, their sum first."""
+    values = {"-ELBO": sum(terms.values())} | (terms if len(terms) > 1 else {})
+    return ", ".join(f"{name} {float(value):.1f}" for name, value in values.items())

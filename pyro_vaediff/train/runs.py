@@ -186,7 +186,7 @@ def compare_settings(path: Path, saved: Mapping[str, Any], mine: Mapping[str, An
     # More epochs or steps continue a run, unless its learning rate depends on their number.
     last = "prior_epochs" if config["prior_epochs"] else "epochs"
     free = {"max_seconds", "patience"}
-    if config["lr_schedule"] == "constant":
+    if config["lr_schedule"] != "cosine":
         free |= {last, "max_steps"}
     for part, settings in mine.items():
         for name, value in (saved.get(part) or {}).items():

@@ -17,8 +17,10 @@ from ..files import write_csv
 from ..infer import Estimator
 from ..vae import VAE
 from . import distributed
+from .auto_k import AutoK
+from .average import WeightAverage
 from .config import ModelConfig, TrainConfig
-from .optim import TorchOptim, WeightAverage
+from .optim import TorchOptim
 from .runs import (
     BEST,
     CHECKPOINT,
@@ -30,7 +32,7 @@ from .runs import (
 )
 from .splits import Splits
 
-__all__ = ["SavedRun", "describe"]
+__all__ = ["SavedRun"]
 
 Record = dict[str, float]
 
@@ -52,6 +54,7 @@ class SavedRun:
     snapshots: frozenset[int]
     optim: TorchOptim
     average: WeightAverage | None
+    auto_k: AutoK | None
     history: list[Record]
     steps: int
     steps_per_epoch: int
@@ -176,7 +179,7 @@ class SavedRun:
                 "num_validation": self.data.num_validation,
                 "context": self.data.train.c is not None,
             },
-            "estimator": describe_elbo(self.elbo),
+            "estimator": describe_elbo(self.elbo) | ({"k": "auto"} if self.auto_k else {}),
             "optimizer": {"optimizer": type(self.optim.optimizer).__name__},
         }
 
@@ -194,6 +197,7 @@ class SavedRun:
             },
             "average": {} if self.average is None else self.average.state_dict(),
             "elbo": self.elbo_state(),
+            "auto_k": {} if self.auto_k is None else self.auto_k.state_dict(),
         }
 
     def elbo_state(self) -> dict[str, Tensor]:
@@ -243,6 +247,8 @@ class SavedRun:
             raise ValueError(f"cannot resume {path} with other networks ({reason})") from error
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.auto_k is not None:
+            self.auto_k.load_state_dict(state["auto_k"])
         if state["elbo"]:
             self.elbo.load_state_dict(state["elbo"])  # type: ignore[attr-defined]  # saved its own
         self.history, self._best, self._rng = state["history"], state["best"], state["rng"]
@@ -292,9 +298,3 @@ class SavedRun:
                 f"step {step} (epoch {len(self.history) + 1}) is not finite: {values}"
                 f"{self.whereabouts()}; try a smaller lr or clip_norm"
             )
-
-
-def describe(terms: dict[str, Tensor]) -> str:
-    r"""Returns the terms of a loss on one line, their sum first."""
-    values = {"-ELBO": sum(terms.values())} | (terms if len(terms) > 1 else {})
-    return ", ".join(f"{name} {float(value):.1f}" for name, value in values.items())

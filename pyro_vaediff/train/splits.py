@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import ImageData, batches
+from ..evaluate import evaluate, preprocess
+from ..infer import Estimator
+from ..vae import VAE
 from . import distributed
 
-__all__ = ["Split", "Splits", "one_hot"]
+__all__ = ["Split", "Splits", "one_hot", "validation_loss"]
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -62,6 +65,12 @@ class Split:
             labels=self.c,
         )
         return ((x, None) for x in loader) if self.c is None else loader
+
+    def draw(self, vae: VAE, size: int) -> tuple[Tensor, ...]:
+        r"""Returns a random minibatch as the programs of a VAE take it: data, and their context."""
+        rows = torch.randint(len(self), (size,)).to(self.x.device)
+        x = preprocess(vae, self.x[rows])
+        return (x,) if self.c is None else (x, self.c[rows.to(self.c.device)].to(x))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,3 +141,22 @@ class Splits:
             )
         numbers = torch.arange(len(self.train), device=self.train.x.device).unsqueeze(1)
         return replace(self, train=Split(self.train.x, numbers))
+
+
+def validation_loss(vae: VAE, split: Split, elbo: Estimator, batch_size: int) -> float:
+    r"""Returns the negative ELBO of a split, of which each process evaluates its share.
+
+    Arguments:
+        vae: The VAE.
+        split: The split.
+        elbo: The estimator of the bound, which draws the same random numbers each time.
+        batch_size: The number of data that are evaluated at once.
+    """
+    x, c = distributed.share(split.x), None if split.c is None else distributed.share(split.c)
+    seed = distributed.fold_seed(0, distributed.rank()) if distributed.size() > 1 else 0
+    loss = torch.zeros((), dtype=torch.float64)
+    if len(x):  # or there are more processes than data
+        terms = evaluate(vae, x, elbo, c=c, batch_size=batch_size, seed=seed)
+        loss += sum(terms.values()) * (len(x) / len(split))
+    distributed.sum_([loss])
+    return float(loss)

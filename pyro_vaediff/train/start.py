@@ -2,7 +2,7 @@ r"""Where a run starts: from another run, or from its data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from . import distributed
 from .runs import load_run
 from .splits import Splits
 
-__all__ = ["fitting_weights", "initialize"]
+__all__ = ["fitting_weights", "initialize", "is_settled", "stands_in"]
 
 INITIAL = 2000  # the number of training data that a prior may start from
 
@@ -67,3 +67,35 @@ def fitting_weights(vae: VAE, saved: Mapping[str, Tensor], path: str | Path) -> 
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot start from {path}: other networks ({reason})") from error
     return same
+
+
+def is_settled(losses: Sequence[float]) -> bool:
+    r"""Returns whether an encoder has settled, by the losses of its epochs with N(0, I).
+
+    It has once the later half of the epochs brought less than a tenth of what all of them did,
+    whatever the unit of the loss, and however many epochs there will be.
+
+    Arguments:
+        losses: The training losses by epoch, in nats per datum.
+
+    Example:
+        >>> falling = [100 / epoch for epoch in range(1, 100)]
+        >>> next(n for n in range(99) if is_settled(falling[:n]))
+        12
+    """
+    if len(losses) < 4:
+        return False
+    first, middle, last = losses[0], losses[(len(losses) - 1) // 2], losses[-1]
+    return middle - last < 0.1 * (first - last) or last >= first
+
+
+def stands_in(epochs: int | str, losses: Sequence[float]) -> bool:
+    r"""Returns whether N(0, I) stands in for the prior in the next epoch.
+
+    Arguments:
+        epochs: The number of such epochs, or ``"auto"`` until the encoder :func:`is_settled`.
+        losses: The training losses of the epochs so far, in nats per datum.
+    """
+    if epochs == "auto":
+        return not any(is_settled(losses[:n]) for n in range(len(losses) + 1))
+    return len(losses) < int(epochs)
