@@ -14,6 +14,7 @@ from .likelihood import (
     log_likelihood,
     log_likelihood_by_samples,
 )
+from .marginals import guide_marginals, model_marginals
 from .statistics import frechet_distances, image_statistics, reference_statistics
 from .surgery import Estimate, Surgery, aggregate_log_prob, chain_log_prob, elbo_surgery
 
@@ -40,6 +41,7 @@ __all__ = [
     "evaluating",
     "frechet_distance",
     "frechet_distances",
+    "guide_marginals",
     "image_statistics",
     "importance_log_likelihood",
     "importance_weighted_bound",
@@ -49,6 +51,7 @@ __all__ = [
     "load_extractor",
     "log_likelihood",
     "log_likelihood_by_samples",
+    "model_marginals",
     "preprocess",
     "prior_log_prob",
     "reference_statistics",
