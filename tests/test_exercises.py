@@ -211,23 +211,19 @@ def names(code: str) -> tuple[set[str], set[str]]:
         scope = scopes.pop()
         used |= {s.get_name() for s in scope.get_symbols() if s.is_global()}
         scopes += scope.get_children()
-    return bound, used - set(dir(builtins))
+    return bound, used - bound - set(dir(builtins))
 
 
 def needed(page: list[Cell], first: int) -> list[Cell]:
     r"""Returns the cells before the first exercise without which no cell after it can run."""
     missing: set[str] = set()
-    for cell in page:
-        if cell.start > first:
-            missing |= names(cell.code)[1]
     chosen = []
-    for cell in reversed([cell for cell in page if cell.start < first]):
+    for cell in reversed(page):
         bound, used = names(cell.code)
-        always = cell is page[0] or "set_default_dtype" in cell.code
-        if always or bound & missing:
+        if cell.start > first or cell is page[0] or bound & missing:
             chosen.append(cell)
             missing = (missing - bound) | used
-    return chosen[::-1]
+    return [cell for cell in reversed(chosen) if cell.start < first]
 
 
 def run(code: str, namespace: dict) -> None:
