@@ -51,6 +51,7 @@ WRONG: dict[str, list[dict[str, str]]] = {
         {"dist.Normal(loc, scale).to_event": "dist.Normal(loc, scale.mean()).to_event"},
         {"dist.Normal(loc, scale).to_event": "dist.Normal(loc, scale.square()).to_event"},
         {"torch.ones(len(loc))": "torch.arange(1.0, len(loc) + 1)"},
+        {"dist.Normal(loc, scale).to_event": "dist.Normal(loc, torch.ones_like(scale)).to_event"},
     ],
     "2.3": [
         {".sum() * 0.1**2": ".sum()"},
@@ -153,7 +154,10 @@ WRONG: dict[str, list[dict[str, str]]] = {
     ],
     "8.1": [
         {"2 / (p_eff": "1 / (p_eff"},
-        {"(p_eff * r**2)": "(len(eigenvalues) * r**2)"},
+        {
+            "eigenvalues.sum() ** 2 / eigenvalues.square().sum()": "torch.tensor("
+            "float(len(eigenvalues)))"  # the number of parameters
+        },
         {"* r**2)": "* r)"},
         {"eigenvalues.sum() ** 2 / eigenvalues.square().sum()": "eigenvalues.sum() / "
          "eigenvalues.max()"},
@@ -194,7 +198,7 @@ WRONG: dict[str, list[dict[str, str]]] = {
 # By page: less training than on the page.
 SHORTER = {
     2: {"num_steps=1000": "num_steps=100", ", 300, lr": ", 20, lr"},
-    4: {"num_steps = 600": "num_steps = 20"},
+    4: {"num_steps = 600": "num_steps = 5", "make_moons(4000": "make_moons(400"},
     6: {"range(250)": "range(5)"},
     9: {"500, 1e-2": "40, 1e-2", "250, 0.03": "20, 0.03", "range(200)": "range(5)"},
 }

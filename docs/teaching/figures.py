@@ -127,8 +127,8 @@ def way_back(path: Path) -> None:
     ):
         draw_heat_map(ax, density, GRID)
         ax.set(title=name, ylim=(-2.7, 2.7))
-    draw_way_back(left, chain, LOCS[0].item(), z_t, t, label="to the left mode")
-    draw_way_back(left, chain, LOCS[2].item(), z_t, t, BLUE, "--", "to the right mode")
+    draw_way_back(left, chain, LOCS[0].item(), z_t, t, label="to the lowest mode")
+    draw_way_back(left, chain, LOCS[2].item(), z_t, t, BLUE, "--", "to the highest mode")
     legend(left)
     pyro.set_rng_seed(0)
     z = torch.full((10, 1), z_t, dtype=torch.float64)

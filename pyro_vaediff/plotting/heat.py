@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ..diffusion import q_reverse
@@ -95,5 +96,8 @@ def draw_way_back(
     axes.fill_between(times, mean - 2 * sd, mean + 2 * sd, color=color, alpha=0.25, linewidth=0)
     for line in (mean - 2 * sd, mean + 2 * sd):
         axes.plot(times, line, color=color, linewidth=1)
-    axes.plot(times, mean, color=color, linestyle=linestyle, linewidth=2, label=label)
+    casing = [withStroke(linewidth=4.5, foreground="white")]  # visible on black as well
+    axes.plot(
+        times, mean, color=color, linestyle=linestyle, linewidth=2, label=label, path_effects=casing
+    )
     axes.plot([0, t], [z_0, z_t], "o", color=color, markeredgecolor="white", markersize=7)
