@@ -49,8 +49,8 @@ def cells(page: Path) -> list[Cell]:
     return found
 
 
-def test_there_are_eight_tutorials():
-    assert [int(page.name[0]) for page in TUTORIALS] == list(range(1, 9))
+def test_there_are_nine_tutorials():
+    assert [int(page.name[0]) for page in TUTORIALS] == list(range(1, 10))
     index = (DOCS / "tutorials" / "index.md").read_text(encoding="utf-8")
     assert re.findall(r"^(\d-[\w-]+)$", index, flags=re.MULTILINE) == [p.stem for p in TUTORIALS]
 

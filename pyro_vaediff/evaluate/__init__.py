@@ -15,6 +15,7 @@ from .likelihood import (
     log_likelihood,
     log_likelihood_by_samples,
 )
+from .marginals import guide_marginals, model_marginals
 from .statistics import frechet_distances, image_statistics, reference_statistics
 from .surgery import Estimate, Surgery, chain_log_prob, elbo_surgery
 
@@ -42,6 +43,7 @@ __all__ = [
     "evaluating",
     "frechet_distance",
     "frechet_distances",
+    "guide_marginals",
     "image_statistics",
     "importance_log_likelihood",
     "importance_weighted_bound",
@@ -51,6 +53,7 @@ __all__ = [
     "load_extractor",
     "log_likelihood",
     "log_likelihood_by_samples",
+    "model_marginals",
     "posterior_means",
     "preprocess",
     "prior_log_prob",

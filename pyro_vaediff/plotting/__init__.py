@@ -12,11 +12,14 @@ References:
 
 from .animation import Animation, animate
 from .charts import plot_elbo_terms, plot_history, plot_kl_by_timestep, plot_log_likelihood
+from .heat import draw_heat_map, draw_way_back
 from .images import save_image_grid, save_panels, save_reconstructions, save_strip
 
 __all__ = [
     "Animation",
     "animate",
+    "draw_heat_map",
+    "draw_way_back",
     "plot_elbo_terms",
     "plot_history",
     "plot_kl_by_timestep",

@@ -20,7 +20,7 @@ from ..evaluate import preprocess, value_elbo
 from ..files import remove_unfinished
 from ..infer import Estimator
 from ..nn.modes import use_channels_last
-from ..priors import ExemplarPrior, GaussianPrior
+from ..priors import GaussianPrior
 from ..vae import VAE
 from . import distributed
 from .auto_k import AutoK
@@ -109,15 +109,12 @@ class Trainer(SavedRun):
         self.device = torch.device(device)
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.vae, self.elbo = vae.to(self.device, self.dtype), elbo
-        self.data = Splits.of(data, labels)
-        if isinstance(vae.prior, ExemplarPrior):
-            self.data = self.data.numbered(len(vae.prior.loc))
+        self.data = Splits.of(data, labels).for_prior(vae.prior)
         self.model_config, self.on_epoch, self.on_step = model_config, on_epoch, on_step
         self.out = None if out is None else Path(out)
         self.snapshots = frozenset(snapshots)
         self.history: list[Record] = []
         self.steps, self.seconds = 0, 0.0
-
         self.batch_size = min(config.batch_size, len(self.data.train))
         if self.batch_size < distributed.size():
             raise ValueError(

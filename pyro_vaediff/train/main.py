@@ -236,10 +236,7 @@ def run(config: Config, device: torch.device) -> None:
     if classes is None:
         raise ValueError(f"condition='labels': {data.name} has no labels, leave it out")
     model = dataclasses.replace(
-        config.model,
-        image_shape=data.image_shape,
-        levels=data.levels,
-        num_classes=classes,
+        config.model, image_shape=data.image_shape, levels=data.levels, num_classes=classes
     )
     options = asdict(config.elbo)
     name, antithetic = options.pop("estimator"), not options.pop("no_antithetic")
@@ -262,10 +259,13 @@ def run(config: Config, device: torch.device) -> None:
     if config.run.resume:
         trainer.resume()
 
-    settings = (
-        asdict(trainer.model_config or model) | asdict(config.train) | {"estimator": name} | options
-    )
-    settings |= {"k": config.elbo.k, "dataset": config.data.dataset, "groups": data.groups}
+    settings = asdict(trainer.model_config or model) | asdict(config.train) | options
+    settings |= {
+        "estimator": name,
+        "k": config.elbo.k,
+        "dataset": config.data.dataset,
+        "groups": data.groups,
+    }
     settings |= {"device": str(device), "processes": distributed.size()}
     settings |= {"deterministic": config.run.deterministic, "torch": torch.__version__}
     counts = {

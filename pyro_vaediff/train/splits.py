@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data import ImageData, batches
 from ..evaluate import evaluate, preprocess
 from ..infer import Estimator
+from ..priors import ExemplarPrior, Prior
 from ..vae import VAE
 from . import distributed
 
@@ -125,13 +126,16 @@ class Splits:
             ) from None
         return cls(train, validation)
 
-    def numbered(self, num_data: int) -> Splits:
-        r"""Returns the splits with the numbers of the training data as their context, for a prior
-        that leaves each datum's own component out.
+    def for_prior(self, prior: Prior) -> Splits:
+        r"""Returns the splits, for an exemplar prior with the numbers of the training data as their
+        context: it leaves each datum's own component out.
 
         Arguments:
-            num_data: The number of training data that the prior was made for.
+            prior: The prior.
         """
+        if not isinstance(prior, ExemplarPrior):
+            return self
+        num_data = len(prior.loc)
         if self.train.c is not None:
             raise ValueError("an ExemplarPrior takes no context but its own: leave out labels")
         if len(self.train) != num_data:
