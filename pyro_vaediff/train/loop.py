@@ -111,8 +111,7 @@ class Trainer(SavedRun):
         self.vae, self.elbo = vae.to(self.device, self.dtype), elbo
         self.data = Splits.of(data, labels).for_prior(vae.prior)
         self.model_config, self.on_epoch, self.on_step = model_config, on_epoch, on_step
-        self.out = None if out is None else Path(out)
-        self.snapshots = frozenset(snapshots)
+        self.out, self.snapshots = None if out is None else Path(out), frozenset(snapshots)
         self.history: list[Record] = []
         self.steps, self.seconds = 0, 0.0
         self.batch_size = min(config.batch_size, len(self.data.train))

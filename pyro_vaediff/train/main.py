@@ -260,13 +260,8 @@ def run(config: Config, device: torch.device) -> None:
         trainer.resume()
 
     settings = asdict(trainer.model_config or model) | asdict(config.train) | options
-    settings |= {
-        "estimator": name,
-        "k": config.elbo.k,
-        "dataset": config.data.dataset,
-        "groups": data.groups,
-    }
-    settings |= {"device": str(device), "processes": distributed.size()}
+    settings |= {"estimator": name, "k": config.elbo.k, "dataset": config.data.dataset}
+    settings |= {"groups": data.groups, "device": str(device), "processes": distributed.size()}
     settings |= {"deterministic": config.run.deterministic, "torch": torch.__version__}
     counts = {
         name: sum(p.numel() for p in module.parameters())
