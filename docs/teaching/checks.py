@@ -61,7 +61,7 @@ def check_programs(programs: Callable) -> None:
     precision = 1 + 1.5**2 / 0.7**2
     m, s = 1.5 * x / 0.7**2 / precision, torch.tensor(precision).rsqrt()
     evidence = dist.Normal(0.0, (1.5**2 + 0.7**2) ** 0.5).log_prob(x).sum()
-    trace = poutine.trace(model).get_trace(x)
+    trace = poutine.trace(model).get_trace(x, m, s)
     assert trace.nodes["x"]["is_observed"], "the site 'x' is the datum: it is observed"
     for _ in range(3):  # with the posterior as the guide there is no noise
         loss = Trace_ELBO().loss(model, guide, x, m, s)

@@ -20,6 +20,7 @@ from pyro_vaediff import DiffusionPrior, Timestep_ELBO
 from pyro_vaediff.diffusion import normal, q_reverse_moments
 from pyro_vaediff.evaluate import guide_marginals, model_marginals
 from pyro_vaediff.infer import ImportanceTimesteps, UniformTimesteps, elbo_terms
+from pyro_vaediff.nn import MLPBackbone
 from pyro_vaediff.plotting import (
     draw_heat_map,
     draw_way_back,
@@ -49,10 +50,10 @@ class Slide(NamedTuple):
 
 def bound(path: Path) -> None:
     # x ~ N(w z, sigma^2), z ~ N(0, 1): the posterior is N(m, s^2).
-    w, sigma, x = 1.5, 0.7, torch.tensor(2.0)
+    w, sigma, x = 1.5, 0.7, 2.0
     precision = 1 + w**2 / sigma**2
-    m, s = w * x / sigma**2 / precision, torch.tensor(precision).rsqrt()
-    evidence = dist.Normal(0.0, (w**2 + sigma**2) ** 0.5).log_prob(x)
+    m, s = w * x / sigma**2 / precision, precision**-0.5
+    evidence = dist.Normal(0.0, (w**2 + sigma**2) ** 0.5).log_prob(torch.tensor(x)).item()
     figure, axes = slide("The ELBO is log p(x) minus a KL divergence", panels=2)
     panels = (
         ("mean of the guide", m, torch.linspace(-0.5, 2.7, 200), lambda v: (v, s)),
@@ -77,7 +78,14 @@ def schedule(path: Path) -> None:
         (LinearSchedule(100), "-", "linear"),
         (CosineSchedule(100), "--", "cosine"),
     ):
-        left.plot(t, chosen.alphas_cumprod[1:].sqrt(), dashes, color=BLUE, label=f"signal, {name}")
+        left.plot(
+            t,
+            chosen.alphas_cumprod[1:].sqrt(),
+            dashes,
+            color=BLUE,
+            linewidth=3,
+            label=f"signal, {name}",
+        )
         noise = chosen.one_minus_alphas_cumprod[1:].sqrt()
         left.plot(t, noise, dashes, color=VERMILLION, label=f"noise, {name}")
         right.plot(t, chosen.log_snr[1:], dashes, color=BLACK, label=name)
@@ -145,12 +153,14 @@ def terms(path: Path) -> None:
     x = torch.randn(1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = Oracle(vae, x).terms("z_0")
     sums = {name: value.sum().item() for name, value in found.items()}
-    plot_elbo_terms(sums, path, "Equation (11), term by term, for a VAE whose numbers are known")
+    plot_elbo_terms(sums, path, "The terms of equation (11)")
 
 
 def nats(path: Path) -> None:
-    prior = DiffusionPrior(2, num_timesteps=1000)  # at N(0, I): its network starts at zero
-    x = torch.tensor([[0.8, -0.5]])
+    # At N(0, I), as its network starts at zero: so a small one will do.
+    prior = DiffusionPrior(2, num_timesteps=100, backbone=MLPBackbone(2, hidden_features=[8]))
+    pyro.set_rng_seed(0)
+    x = torch.tensor([[0.8, -0.5]]).expand(1000, 2)  # a mean over that many draws
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -162,8 +172,8 @@ def nats(path: Path) -> None:
 
     with torch.no_grad(), pyro.get_param_store().scope():
         found = elbo_terms(model, guide, x, elbo=Timestep_ELBO("all", conditioning="x"))
-    kl = torch.cat([found["z_0"].reshape(1), found["z_s"].reshape(-1)])
-    plot_kl_by_timestep(kl.clamp(min=0), path, "Few steps have most of the KL")
+    kl = torch.cat([found["z_0"].reshape(1, -1), found["z_s"]]).mean(-1)
+    plot_kl_by_timestep(kl, path, "Few steps have most of the KL")
 
 
 def proposals(path: Path) -> None:
