@@ -520,7 +520,7 @@ LIBRARY = [
     ),
     (
         lambda it: TrainConfig(lr_schedule="step"),
-        "unknown lr_schedule 'step': choose one of constant, cosine",
+        "unknown lr_schedule 'step': choose one of constant, cosine, inverse-sqrt",
     ),
     (lambda it: TrainConfig(warmup=-1), "warmup must be a whole number >= 0, got -1"),
     (lambda it: TrainConfig(clip_norm=nan), "clip_norm must be positive, got nan"),
@@ -656,7 +656,7 @@ SCRIPTS = {
         ("--clip-norm nan", "clip_norm must be positive, got nan"),
         ("--ema nan", r"ema must be in \[0, 1\), got nan"),
         ("--seed -1", r"seed must be a whole number in \[0, 2\^63\), got -1"),
-        ("--k 0", "k must be a whole number >= 1, got 0"),
+        ("--k 0", "k must be a whole number >= 1 or 'auto', got 0"),
         ("--num-particles 0", "num_particles must be a whole number >= 1, got 0"),
         ("--estimator vr", "unknown estimator 'vr': choose one of timestep, trace, .*"),
         (
@@ -750,6 +750,18 @@ SCRIPTS = {
         ("--limit 0", "limit must be a whole number >= 1, got 0"),
         ("--seeds 0 -1", "each of --seeds must be a whole number in .*, got -1"),
         ("--device tpu", "argument --device: 'tpu' is .*"),
+        ("--out {file}", "--out .*file: .*file is a file: choose a folder"),
+    ],
+    "clock.py": [
+        ("neither", "argument study: invalid choice: 'neither' .*"),
+        ("priors --budgets 0", r"each of --budgets must be positive and finite, got 0\.0"),
+        ("priors --seeds -1", "each of --seeds must be a whole number in .*, got -1"),
+        ("priors --recipes no", "unknown recipe 'no': choose from .*"),
+        ("priors --out {file}", "--out .*file: .*file is a file: choose a folder"),
+    ],
+    "noise_matched.py": [
+        ("--epochs 0", "epochs must be a whole number >= 1, got 0"),
+        ("--seeds 0 -1", "each of --seeds must be a whole number in .*, got -1"),
         ("--out {file}", "--out .*file: .*file is a file: choose a folder"),
     ],
     "signal_to_noise.py": [

@@ -656,7 +656,9 @@ def test_proposals_that_learn_have_learned_before_they_are_measured(bench):
         made[-1].before = None
         return made[-1]
 
-    learned = [name for name, entry in ENTRIES.items() if re.search("loss-|gradient-", name)]
+    learned = [
+        name for name, entry in ENTRIES.items() if re.search("loss-|gradient-|Regressed", name)
+    ]
     assert learned and all(ENTRIES[name].warmup > 0 for name in learned)
     assert all((ENTRIES[name].warmup > 0) == (name in learned) for name in ENTRIES)
     entry = dataclasses.replace(ENTRIES["loss-aware k=8 | z_0"], make=make)
@@ -676,7 +678,8 @@ def describe(elbo):
     words += f" k={collapse.k}" if elbo.proposal is not None else ""
     words += f" | {collapse.conditioning}"
     words += ", antithetic" if elbo.antithetic else ""
-    words += ", path" if elbo.entropy == "path" else ""
+    scored = type(elbo).__name__ in ("ScoreFunction_ELBO", "VarGrad_ELBO")  # without a path
+    words += ", path" if elbo.entropy == "path" and not scored else ""
     words += f", {elbo.num_particles} particles" if elbo.num_particles > 1 else ""
     if type(elbo) is not Timestep_ELBO:
         words += f", {type(elbo).__name__.removesuffix('_ELBO')}"

@@ -536,7 +536,7 @@ ERRORS = [
         "beta needs an estimator with terms, Timestep_ELBO or TraceKL_ELBO, got DReG_ELBO",
     ),
     ({"timesteps": "some"}, "unknown timesteps 'some'"),
-    ({"k": 0}, "k must be a whole number >= 1, got 0"),
+    ({"k": 0}, "k must be a whole number >= 1 or 'auto', got 0"),
     ({"conditioning": "y"}, "unknown conditioning 'y': choose one of z_0, x"),
     ({"weighting": "vlb"}, "unknown weighting 'vlb'"),
     ({"weighting": "simple", "conditioning": "x"}, "is defined for"),

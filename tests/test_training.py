@@ -21,7 +21,7 @@ from pyro_vaediff.evaluate import evaluate, preprocess, value_elbo
 from pyro_vaediff.nn import MLPBackbone
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.schedules import CosineSchedule
-from pyro_vaediff.train import build, load_checkpoint, loop, save_checkpoint, saving
+from pyro_vaediff.train import build, load_checkpoint, loop, save_checkpoint, saving, splits
 from pyro_vaediff.train.build import make_vae
 from pyro_vaediff.train.config import ModelConfig, TrainConfig
 from pyro_vaediff.train.loop import NonFiniteError, Trainer
@@ -541,7 +541,7 @@ def test_a_divergent_learning_rate(make_trainer, no_validation):
 def test_a_validation_loss_that_is_not_finite(make_trainer, monkeypatch):
     trainer = make_trainer(3)
     terms = iter([{"x": 1.0}, {"x": math.nan}])
-    monkeypatch.setattr(loop, "evaluate", lambda *args, **kwargs: next(terms))
+    monkeypatch.setattr(splits, "evaluate", lambda *args, **kwargs: next(terms))
     with pytest.raises(NonFiniteError, match=r"validation loss is nan after epoch 2.*\(epoch 1\)"):
         trainer.fit(progress=False)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import as_shape
 
-__all__ = ["InBlocks", "Outputs", "Vectors"]
+__all__ = ["InBlocks", "Vectors"]
 
 Outputs = Tensor | tuple[Tensor, ...]
 

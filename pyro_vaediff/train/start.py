@@ -81,7 +81,7 @@ def is_settled(losses: Sequence[float]) -> bool:
     Example:
         >>> falling = [100 / epoch for epoch in range(1, 100)]
         >>> next(n for n in range(99) if is_settled(falling[:n]))
-        12
+        11
     """
     if len(losses) < 4:
         return False
