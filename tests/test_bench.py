@@ -596,10 +596,19 @@ def test_counterexamples_are_off_by_what_is_predicted(bench, name):
     assert record["bias_se"] < 0.01 * reference.value
     assert abs(record["bias"]) > 5 * record["bias_se"]
     if isinstance(entry.make(), NoisyIWAE):
-        predictions = [log_mean_exp_bias(entry.make(), vae, x, draws=3) for _ in range(6)]
+        # Of groups of new estimates, from all copies of a datum: drawing with replacement from a
+        # few, as `log_mean_exp_bias` does, misses a part of their tail.
+        elbo = entry.make()
+        pool = torch.stack(
+            [w for _ in range(12) for w in elbo.log_weights(vae.model, vae.guide, x)]
+        )
+        groups = pool.unflatten(1, (-1, 4)).flatten(0, 1).unflatten(0, (-1, elbo.num_particles))
+        bounds = groups.logsumexp(1) - math.log(elbo.num_particles)
+        predictions = (groups.mean(1) - bounds).mean(1).double()
+        assert abs(log_mean_exp_bias(elbo, vae, x, draws=3) / predictions.mean() - 1) < 0.1
     else:
-        predictions = mean_field_bias(vae, x, entry.order, draws=100).tolist()
-    mean, se = mean_and_se(torch.tensor(predictions, dtype=torch.float64), 0.1)
+        predictions = mean_field_bias(vae, x, entry.order, draws=100).double()
+    mean, se = mean_and_se(predictions, 0.1)
     assert abs(record["bias"] - mean) < 5 * math.hypot(record["bias_se"], se)
     predicted_se = math.hypot(record["predicted_bias_se"], se)
     assert 0 < predicted_se < 0.2
@@ -678,9 +687,10 @@ def describe(elbo):
     words += f" k={collapse.k}" if elbo.proposal is not None else ""
     words += f" | {collapse.conditioning}"
     words += ", antithetic" if elbo.antithetic else ""
-    scored = type(elbo).__name__ in ("ScoreFunction_ELBO", "VarGrad_ELBO")  # without a path
+    # These have neither a path nor, but for the baseline, several particles.
+    scored = type(elbo).__name__ in ("ScoreFunction_ELBO", "VarGrad_ELBO")
     words += ", path" if elbo.entropy == "path" and not scored else ""
-    words += f", {elbo.num_particles} particles" if elbo.num_particles > 1 else ""
+    words += f", {elbo.num_particles} particles" if elbo.num_particles > 1 and not scored else ""
     if type(elbo) is not Timestep_ELBO:
         words += f", {type(elbo).__name__.removesuffix('_ELBO')}"
     return words
@@ -695,7 +705,7 @@ def test_names_are_unique_and_describe_the_options():
         if isinstance(elbo, Timestep_ELBO) and not entry.counterexample:
             assert describe(elbo) == name
             assert not entry.unrolled
-            assert elbo.vectorize_particles == (elbo.num_particles > 1)
+            assert elbo.vectorize_particles == (elbo.num_particles > 1) or "VarGrad" in name
         assert entry.unrolled == (not isinstance(elbo, Timestep_ELBO))
         if isinstance(elbo, TraceMeanField_ELBO):
             assert entry.order in name and entry.counterexample
