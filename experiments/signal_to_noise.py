@@ -191,7 +191,7 @@ def plot_entropy(rows: Sequence[Row], path: Path) -> None:
     ):
         plot(axes, rows, "epoch", quantity)
         axes.set(title=title, xlabel="epoch", yscale="log")
-    if (epoch := crossing(rows)) is not None:
+    if epoch := crossing(rows):  # not from the start
         panels[0].axvline(epoch, color="#595959", linestyle=":", label=f"cross at {epoch:.0f}")
     legend(panels[0])
     write(path, (".png",), lambda file: figure.savefig(file, format="png"))
