@@ -25,12 +25,11 @@ The -ELBO is that of the same bound for all objectives.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Callable
 
 import torch
 from common import exit_on_error
-from following import Row, Study, latents
+from following import LATENTS, Row, Study, latents
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -72,13 +71,7 @@ class Collapse(Study):
     name, key = "collapse", "objective"
     title = "The collapse of latent diffusion is a missing entropy"
     variants = tuple(objectives(1))
-    quantities: ClassVar[Mapping[str, str]] = {
-        "mean": "rms of the posterior means",
-        "scale": "rms of the posterior scales",
-        "active": "active units",
-        "reconstruction": "-log p(x | z_0) (nats)",
-        "elbo": "-ELBO (nats)",
-    }
+    quantities = LATENTS
     logarithmic = ("mean", "scale")
     hidden = ("active",)
 

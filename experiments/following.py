@@ -20,7 +20,7 @@ from pyro_vaediff.infer import Estimator
 from pyro_vaediff.plotting.style import legend, slide, write
 from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer
 
-__all__ = ["Row", "Study", "latents"]
+__all__ = ["LATENTS", "Row", "Study", "latents"]
 
 Row = dict[str, float | str]
 # Told apart without colors, and where they lie upon each other.
@@ -31,6 +31,16 @@ STYLES: list[dict[str, Any]] = [
     {"linestyle": "--"},
     {"linestyle": "-", "marker": "."},
 ]
+
+
+#: The quantities of :func:`latents`, with labels.
+LATENTS: dict[str, str] = {
+    "mean": "rms of the posterior means",
+    "scale": "rms of the posterior scales",
+    "active": "active units",
+    "reconstruction": "-log p(x | z_0) (nats)",
+    "elbo": "-ELBO (nats)",
+}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from typing import ClassVar
 
 import torch
 from common import exit_on_error
-from following import Row, Study, latents
+from following import LATENTS, Row, Study, latents
 
 from pyro_vaediff.bench import draw, noise_of
 from pyro_vaediff.evaluate import preprocess
@@ -47,12 +47,7 @@ class NoiseMatchedStudy(Study):
     name, key = "noise_matched", "noise"
     title = "The noise of the encoder: learned, or on the diffusion path"
     variants = ("learned", *(f"fixed {log_snr:g}" for log_snr in LOG_SNRS))
-    quantities: ClassVar[Mapping[str, str]] = {
-        "mean": "rms of the posterior means",
-        "scale": "rms of the posterior scales",
-        "active": "active units",
-        "reconstruction": "-log p(x | z_0) (nats)",
-        "elbo": "-ELBO (nats)",
+    quantities: ClassVar[Mapping[str, str]] = LATENTS | {
         "encoder": "relative gradient variance, encoder",
         "prior": "relative gradient variance, prior",
     }
