@@ -151,9 +151,9 @@ class Study(ABC):
                 ]
                 axes.plot(epochs, means, label=variant, **style)
             axes.set_xlabel("epoch")
-            axes.set_title(label, fontsize="medium")
+            axes.set_title(label, fontsize="medium" if len(shown) < 5 else "small")
             axes.set_yscale("log" if quantity in self.logarithmic else "linear")
-        legend(panels[-1])
+        legend(panels[list(shown).index("elbo")])  # which falls, and leaves room
         write(path, (".png",), lambda file: figure.savefig(file, format="png"))
 
     def main(self, argv: list[str] | None = None) -> None:

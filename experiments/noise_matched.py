@@ -48,8 +48,8 @@ class NoiseMatchedStudy(Study):
     title = "The noise of the encoder: learned, or on the diffusion path"
     variants = ("learned", *(f"fixed {log_snr:g}" for log_snr in LOG_SNRS))
     quantities: ClassVar[Mapping[str, str]] = LATENTS | {
-        "encoder": "relative gradient variance, encoder",
-        "prior": "relative gradient variance, prior",
+        "encoder": "gradient noise, encoder",
+        "prior": "gradient noise, prior",
     }
     logarithmic = ("mean", "scale", "encoder", "prior")
     hidden = ("active", "reconstruction")
