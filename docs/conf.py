@@ -58,7 +58,7 @@ python_use_unqualified_type_names = True
 # would take internet access.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:class", r"Outputs|Record|Times|Start|Data|Check|Reweighting"),  # aliases of types
+    (r"py:class", r"Outputs|Record|Times|Start|Data|Groups|Check|Reweighting"),  # aliases of types
     (r"py:.*", r"(argparse|collections|matplotlib|np|numpy|pathlib|PIL|pyro|torch|typing)\..*"),
     (r"py:.*", r"(F|dist|nn|zuko)\..*|Size|Tensor|TorchDistribution|Trace|Callable|Iterator|Path"),
     (r"py:.*", r".*TypeVar.*|optional|bool|int|float|str|tuple|list|dict|type|None|Any"),
