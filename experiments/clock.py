@@ -247,9 +247,10 @@ def main(argv: list[str] | None = None) -> None:
             write_csv(
                 path, [{"networks": networks, "recipe": name, "seed": seed} | r for r in rows]
             )
-        records += read_rows(path)
+        kept = read_rows(path)
+        records += kept
         if not args.quiet:
-            line = ", ".join(f"{r['budget']} s: {r['loss']}" for r in read_rows(path))
+            line = ", ".join(f"{r['budget']} s: {r['loss']}" for r in kept)
             print(f"{networks}, {name}, seed {seed}: {line}", flush=True)
     text = "\n".join(
         [

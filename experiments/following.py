@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from pyro_vaediff.infer import Estimator
 from pyro_vaediff.plotting.style import legend, slide, write
 from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer
 
-__all__ = ["LATENTS", "Row", "Study", "latents"]
+__all__ = ["LATENTS", "Row", "Study", "follow", "latents"]
 
 Row = dict[str, float | str]
 # Told apart without colors, and where they lie upon each other.
@@ -56,6 +56,20 @@ def latents(trainer: Trainer) -> Row:
         "reconstruction": terms["x"],
         "elbo": sum(terms.values()),
     }
+
+
+def follow(trainer: Trainer, points: int, record: Callable[[int], object]) -> None:
+    r"""Trains, and records what there is before it and after every few epochs.
+
+    Arguments:
+        trainer: The trainer.
+        points: The number of records after the first one.
+        record: A function of the number of epochs so far.
+    """
+    every = max(1, trainer.config.epochs // points)
+    record(0)
+    trainer.on_epoch = lambda r: record(int(r["epoch"])) if r["epoch"] % every == 0 else None
+    trainer.fit(progress=False)
 
 
 class Study(ABC):
@@ -99,7 +113,6 @@ class Study(ABC):
         self, variant: str, seed: int, data: ImageData, args: argparse.Namespace
     ) -> list[Row]:
         r"""Returns the records of a run, the first one from before its training."""
-        every = max(1, args.epochs // args.points)
         config = TrainConfig(
             epochs=args.epochs, lr=2e-3, lr_schedule="cosine", seed=seed, validate_every=args.epochs
         )
@@ -111,9 +124,7 @@ class Study(ABC):
             key: Row = {self.key: variant, "seed": seed, "epoch": epoch}
             rows.append(key | self.measure(trainer))
 
-        record(0)
-        trainer.on_epoch = lambda r: record(int(r["epoch"])) if r["epoch"] % every == 0 else None
-        trainer.fit(progress=False)
+        follow(trainer, args.points, record)
         return rows
 
     def page(self, rows: Sequence[Row], args: argparse.Namespace) -> str:

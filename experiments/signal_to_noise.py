@@ -38,6 +38,7 @@ from typing import Any
 import pyro
 import torch
 from common import exit_on_error, parse_device
+from following import follow
 from torch import Tensor
 
 from pyro_vaediff.arguments import check_seed, check_whole, folder
@@ -153,7 +154,7 @@ def by_epoch(args: argparse.Namespace) -> list[Row]:
     model = ModelConfig(latent_dim=16, width=args.width, levels=data.levels)
     trainer = Trainer.from_config(model, config, Timestep_ELBO(), data, args.device)
     x = preprocess(trainer.vae, data.train[: args.batch_size])
-    every, rows = max(1, args.epochs // args.points), []
+    rows: list[Row] = []
 
     def record(epoch: int) -> None:
         with torch.random.fork_rng(devices=[args.device] if x.is_cuda else []):
@@ -163,9 +164,7 @@ def by_epoch(args: argparse.Namespace) -> list[Row]:
                 key: Row = {"estimator": entropy, "epoch": epoch, "module": "encoder"}
                 rows.append(row(gradients["encoder"], **key))
 
-    record(0)
-    trainer.on_epoch = lambda r: record(int(r["epoch"])) if r["epoch"] % every == 0 else None
-    trainer.fit(progress=False)
+    follow(trainer, args.points, record)
     return rows
 
 
