@@ -101,7 +101,8 @@ class Denoiser(nn.Module):
         log_snr, kernel = self.log_snr(t), self.coefficients(t, s)
         net, *others = self.network_at(z, log_snr, c)
         scale = self.variance.scale(kernel, log_snr, others)
-        return normal(kernel("skips") * z + kernel("gains") * net, scale, self.event_dim)
+        mean = torch.addcmul(kernel("skips") * z, kernel("gains"), net)
+        return normal(mean, scale, self.event_dim)
 
     def denoise(self, z: Tensor, t: Times, c: Tensor | None = None) -> Tensor:
         r"""Returns the estimate of :math:`E[z_0 | z_t]` that the reverse mean implies.

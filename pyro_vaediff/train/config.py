@@ -190,7 +190,7 @@ class TrainConfig(Checked):
     )
     validate_every: int = option(1, "epochs from one validation to the next", whole())
     validate_k: int = option(
-        32, "timesteps per validation image, with the same random numbers each time", whole()
+        8, "timesteps per validation image, with the same random numbers each time", whole()
     )
 
     def __post_init__(self) -> None:
