@@ -11,6 +11,7 @@ your own. The folder ``--out`` then holds
     summary.csv            mean, sd and number of seeds of every number
     samples-*.png          of every data set: samples of the priors side by side
     reconstructions-*.png  of every data set: test images and their reconstructions
+    cost-*.png             of every data set: nats against hours of training
     cells/*/*              the run directories, DATASET/LATENTDIM-ROW-sSEED
 
 A run directory also has cell.json (the settings), log.txt (the command and what it printed) and
@@ -34,7 +35,8 @@ A preset has
     seeds = [0, 1, 2]
     reference = "NAME"         a row that the others are compared with, in pairs of the same seed
     [settings]                 options of run.py by their long names: epochs = 250; true for a flag
-    [datasets.NAME]            title, options; dataset = "..." if it is not the name
+    [datasets.NAME]            title, options; dataset = "..." if it is not the name; published = {
+                               SOURCE = NATS }, -log p(x) that others have published
     [rows.NAME]                title, options; prior = "..." if it is not the name; init-row = a row
                                above, whose encoder and decoder the runs of this row start from
     [[overrides]]              options for the runs in all of the lists of datasets, rows,

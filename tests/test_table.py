@@ -307,6 +307,10 @@ def test_bad_presets(error_of, tmp_path, text):
             (f"{key} = {value}\nlatent-dims = [2]\n[datasets.digits]\n[rows.flow]", f"{key} must")
             for key, value in (("seeds", 0), ("seeds", []), ("seeds", [0, 0]), ("seeds", [-1]))
         ),
+        *(
+            (f"latent-dims = [2]\n[datasets.digits]\npublished = {value}\n[rows.flow]", "published")
+            for value in ('"85"', '{ a = "85" }', "{ a = true }")
+        ),
     ],
 )
 def test_presets_that_lack_something(error_of, tmp_path, text, match):
@@ -330,7 +334,7 @@ def test_the_files_are_those_of_the_docstring(smoke, script):
     assert {"table.md", "table.csv", "summary.csv", "cells/*/*", "samples-*.png"} <= promised
     assert {path.name for path in out.iterdir()} == {
         *("table.md", "table.csv", "summary.csv", "cells"),
-        *("samples-digits.png", "reconstructions-digits.png"),
+        *("samples-digits.png", "reconstructions-digits.png", "cost-digits.png"),
     }
     cells = {f"2-{row}-s{seed}" for row in ("gaussian", "diffusion") for seed in (0, 1)}
     assert {path.name for path in (out / "cells/digits").iterdir()} == cells | {"statistics"}
@@ -384,6 +388,27 @@ def test_the_pictures(smoke):
             sizes.append(image.size)
         assert low < high
     assert sizes[1][0] > sizes[0][0]  # the test images are one column more
+
+
+def test_the_cost_of_nats(grid, tmp_path):
+    cost = importlib.import_module("grid.cost")
+    run = {"row": "flow", "latent_dim": 2, "test_negative_elbo": 9.0, "training_seconds": 7200}
+    assert cost.nats(run) == (9.0, False)
+    assert cost.nats(run | {"likelihood.gap": 0.0}) == (9.0, True)
+    runs = [run | {"test_negative_elbo": x, "likelihood.gap": 1.5} for x in (9.0, 10.0)]
+    assert cost.nats(runs[0]) == (7.5, True)
+    seen = {}
+
+    def keep(path, suffixes, save):
+        seen["axes"] = save.__closure__[0].cell_contents.axes[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "write", keep)
+        cost.plot_cost(runs, {"flow": "a flow"}, {"others": 7.0}, "title", tmp_path / "a.png")
+    (bars,) = seen["axes"].containers
+    (hours,), (mean,) = bars.lines[0].get_data()
+    assert (hours, mean) == (2.0, 8.0)
+    assert [text.get_text() for text in seen["axes"].texts] == ["others, published"]
 
 
 def test_a_second_call_repeats_no_run(smoke, script, device_name, capsys):

@@ -42,6 +42,7 @@ class Preset:
         title: The title of the table.
         datasets: The titles of the data sets by their names.
         rows: The titles of the rows by their names.
+        published: What others have published of each data set, -log p(x) in nats by its source.
         latent_dims: The latent sizes of each data set.
         seeds: The seeds.
         reference: The row that the others are compared with.
@@ -52,6 +53,7 @@ class Preset:
     title: str
     datasets: dict[str, str]
     rows: dict[str, str]
+    published: dict[str, dict[str, float]]
     latent_dims: dict[str, list[int]]
     seeds: list[int]
     reference: str | None
@@ -103,6 +105,10 @@ def make_preset(
         dataset: read_integers(f"latent-dims of {dataset}", options.pop("latent-dims", dims), 1)
         for dataset, options in datasets.items()
     }
+    published = {
+        dataset: read_published(f"published of {dataset}", options.pop("published", {}))
+        for dataset, options in datasets.items()
+    }
     seeds = read_integers("seeds", content.get("seeds", [0]) if seeds is None else list(seeds), 0)
     titles, row_titles = (
         {k: str(v.pop("title", k)) for k, v in part.items()} for part in (datasets, rows)
@@ -136,7 +142,7 @@ def make_preset(
                 cells.append(check_cell(replace(cell, options=options)))
     title, reference = str(content.get("title", name)), content.get("reference")
     check_names("reference", [] if reference is None else [reference], rows)
-    return Preset(name, title, titles, row_titles, latent_dims, seeds, reference, cells)
+    return Preset(name, title, titles, row_titles, published, latent_dims, seeds, reference, cells)
 
 
 def read_overrides(
@@ -193,6 +199,15 @@ def read_tables(content: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
                 "of the former or _"
             )
     return {name: dict(table) for name, table in tables.items()}
+
+
+def read_published(where: str, numbers: Any) -> dict[str, float]:
+    r"""Returns a table of numbers by their source, if that is what it is."""
+    if not isinstance(numbers, dict) or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in numbers.values()
+    ):
+        raise ValueError(f"{where} must be a table of numbers, got {numbers!r}")
+    return {source: float(value) for source, value in numbers.items()}
 
 
 def read_options(where: str, options: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pyro_vaediff.train.report import pixel_space
 from pyro_vaediff.train.runs import BEST
 
 from .cells import Cell, Preset
+from .cost import plot_cost
 from .summary import flatten, page, summarize, with_all_keys
 
 NUM_IMAGES = 36  # in a panel of a picture
@@ -92,8 +93,12 @@ def caption(preset: Preset, records: list[dict[str, Any]], out: Path) -> str:
 # Pictures -----------------------------------------------------------------------------------------
 
 
-def picture_paths(dataset: str, out: Path) -> tuple[Path, Path]:
-    return out / f"samples-{dataset}.png", out / f"reconstructions-{dataset}.png"
+def picture_paths(dataset: str, out: Path) -> tuple[Path, Path, Path]:
+    return (
+        out / f"samples-{dataset}.png",
+        out / f"reconstructions-{dataset}.png",
+        out / f"cost-{dataset}.png",
+    )
 
 
 def has_model(cell: Cell, out: Path) -> bool:
@@ -129,10 +134,15 @@ def decoded(
 
 
 def save_pictures(preset: Preset, out: Path, device: torch.device) -> None:
-    r"""Writes figures 1 and 2 of the paper, from the models of the first seed."""
+    r"""Writes figures 1 and 2 of the paper, from the models of the first seed, and the cost of
+    nats, from all that are finished."""
+    records = read_records(preset, out)
     first = [cell for cell in preset.cells if cell.seed == preset.seeds[0]]
     for dataset, title in preset.datasets.items():
         cells = [cell for cell in first if cell.dataset == dataset]
+        samples, reconstructions, cost = picture_paths(dataset, out)
+        if own := [record for record in records if record["dataset"] == dataset]:
+            plot_cost(own, preset.rows, preset.published[dataset], f"{title}: nats and cost", cost)
         if not any(has_model(cell, out) for cell in cells):
             continue
         data, width = load_images(cells[0]), len(preset.rows)
@@ -141,7 +151,6 @@ def save_pictures(preset: Preset, out: Path, device: torch.device) -> None:
         table = [pairs[i : i + width] for i in range(0, len(pairs), width)]
         columns = list(preset.rows.values())
         labels = [f"D = {dim}" for dim in preset.latent_dims[dataset]]
-        samples, reconstructions = picture_paths(dataset, out)
         panels = [[pair[0] for pair in row] for row in table]
         save_panels(panels, samples, columns, labels, f"{title}: samples")
         if data is not None:
