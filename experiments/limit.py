@@ -94,7 +94,8 @@ def row(run: str, quantity: str, limit: Tensor, chain: Tensor) -> dict[str, Any]
     difference = limit - chain
     mean, error = difference.mean().item(), difference.std().item() / len(difference) ** 0.5
     means = {"continuous": limit.mean().item(), "chain": chain.mean().item()}
-    differences = {"difference": mean, "error": error, "z": mean / error}
+    # The decoder's gradient is that of one and the same draw.
+    differences = {"difference": mean, "error": error, "z": mean / error if mean else 0.0}
     return {"run": run, "quantity": quantity} | means | differences
 
 
@@ -141,8 +142,8 @@ def page(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         [
             "# Continuous time and a chain of many steps",
             "",
-            f"{args.num_images} training images, {args.draws} draws with k = {args.k} of both, mean "
-            f"and standard error in nats per image, on {provenance(args.device)}.",
+            f"{args.num_images} training images, {args.draws} draws of each with k = {args.k}, "
+            f"mean ± standard error, in nats per image, on {provenance(args.device)}.",
             "",
             *table(header, lines),
             "",

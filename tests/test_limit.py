@@ -48,7 +48,7 @@ def numbers(out):
 
 
 def test_a_fine_chain_is_the_limit_and_a_coarse_one_is_not(limit, runs, device_name, tmp_path):
-    few = ("--draws", 60, "--k", 8, "--num-images", 40, "--device", device_name)
+    few = ["--draws", "60", "--k", "8", "--num-images", "40", "--device", device_name]
     for steps in (4000, 3):
         out = tmp_path / str(steps)
         limit.main(
