@@ -6,7 +6,7 @@ r"""Trains models from scratch by the clock: who is ahead after 15, 30 and 60 se
 The machine must be idle: the seconds are those of training and validation, on one core.
 ``priors`` compares priors, each as ``run.py`` trains it by default and with a new recipe:
 
-    --lr-schedule inverse-sqrt --ema-share 0.1 --validate-every 5 --validate-k 8
+    --lr-schedule inverse-sqrt --ema-share 0.1 --validate-every 5
 
 and for a diffusion prior also ``--denoiser preconditioned --gaussian-epochs auto --k auto``. By
 default, the data are the digits in the split of a peer (the first 1,000 images are for training,
@@ -68,9 +68,7 @@ class Recipe:
     auto_k: bool = False
 
 
-NEW: dict[str, Any] = {
-    "lr_schedule": "inverse-sqrt", "ema_share": 0.1, "validate_every": 5, "validate_k": 8
-}  # fmt: skip
+NEW: dict[str, Any] = {"lr_schedule": "inverse-sqrt", "ema_share": 0.1, "validate_every": 5}
 FIRST = {"gaussian_epochs": "auto"}
 DIFFUSION = {"prior": "diffusion"}
 PRECONDITIONED = DIFFUSION | {"denoiser": "preconditioned"}
