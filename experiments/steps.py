@@ -2,7 +2,7 @@ r"""Shows what fewer steps of trained diffusion priors cost: in nats, and in how
 
     python experiments/steps.py runs/digits-diffusion-s0 runs/cifar10-diffusion-s0
 
-computes for each run directory, and trains nothing:
+computes for each run directory, and trains nothing unless told to:
 
 - the bound of test images for chains of fewer steps, by reverse variance and by grid;
 - the Fréchet distance of samples to test images against the evaluations of the network, by sampler
@@ -21,8 +21,9 @@ where NAME is that of the run directory. A number that is in a table is not comp
 goes on where it was stopped, and may be given more runs, samplers or numbers of steps.
 
 The reverse variances are that of the run and the best ones for its mean, fitted to latents of
-training images, for which there is also the best grid. Other grids are entries of
-``pyro_vaediff.sampling.GRIDS``, samplers those of ``pyro_vaediff.sampling.SAMPLERS``.
+training images, for which there is also the best grid. ``--fine-tune N`` trains the prior with each
+number of steps on it for N more epochs, with encoder and decoder as they are. Other grids are
+entries of ``pyro_vaediff.sampling.GRIDS``, samplers those of ``pyro_vaediff.sampling.SAMPLERS``.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samplers", nargs="+", default=list(SAMPLERS), help=f"({' '.join(SAMPLERS)})")
     grids = ["time", "log-snr"]
     add("--grids", nargs="+", default=grids, help=f"of {', '.join(GRIDS)} ({' '.join(grids)})")
+    add("--fine-tune", type=int, default=0, metavar="N", help="epochs with few steps (0)")
     add("--num-images", type=int, default=1000, help="test images of bounds (%(default)s)")
     add("--num-samples", type=int, default=10_000, help="images of distances (%(default)s)")
     add("--features", default="auto", help=f"of distances: {', '.join(EXTRACTORS)} (%(default)s)")
@@ -68,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         values, least = getattr(args, name), 2 if name == "num_samples" else 1
         for value in values if isinstance(values, list) else [values]:
             check_whole(f"--{name.replace('_', '-')}", value, least=least)
+    check_whole("--fine-tune", args.fine_tune, least=0)
     for name, choices in (("samplers", SAMPLERS), ("grids", GRIDS)):
         for value in getattr(args, name):
             check_choice(name.rstrip("s"), value, choices)
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     studies = [Study(path, args) for path in args.runs]
     if len({study.name for study in studies}) < len(studies):
         raise ValueError("runs must have different names, as their tables do: use several --out")
-    names = ("num_images", "num_samples", "features", "seed")
+    names = ("num_images", "num_samples", "features", "fine_tune", "seed")
     check_settings(args.out / "settings.json", {name: getattr(args, name) for name in names})
     for study in studies:
         study.run()

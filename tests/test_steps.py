@@ -93,6 +93,21 @@ def test_a_study_and_more_of_it(out, device, tmp_path, monkeypatch, capsys):
     assert "Fréchet distance (features=pixels)" in page and "](tiny.png)" in page
 
 
+def test_a_prior_may_be_tuned_with_few_steps(out, device_name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    options = ["--evaluations", "3", "--grids", "time", "--samplers", "ddim", "--fine-tune", "60"]
+    importlib.import_module("steps").main(
+        [str(out), *TINY, *options, "--device", device_name, "--out", str(tmp_path)]
+    )
+    found = {
+        (r["name"], r["grid"], r["steps"]): float(r["value"]) for r in rows(tmp_path / "tiny.csv")
+    }
+    tuned = {key: value for key, value in found.items() if "tuned" in key[0]}
+    assert list(tuned) == [("diagonal, fine-tuned", "optimal", "3")]
+    # The model has seen one epoch of 60 images: there is much to gain.
+    assert tuned["diagonal, fine-tuned", "optimal", "3"] < found["diagonal, fitted", "optimal", "3"]
+
+
 def test_what_a_study_refuses(out, device_name, tmp_path, monkeypatch, capsys):
     error = script_errors(EXPERIMENTS / "steps.py", monkeypatch, capsys)
     options = (out, *TINY, "--device", device_name, "--out", tmp_path)

@@ -3,6 +3,7 @@ r"""The numbers of a run: bounds by reverse variance, distances by sampler."""
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import functools
 import itertools
@@ -26,9 +27,11 @@ from pyro_vaediff.evaluate import (
     reference_statistics,
 )
 from pyro_vaediff.files import write_csv
+from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.priors import DiffusionPrior, fit_variances, optimal_steps
 from pyro_vaediff.sampling import GRIDS, num_evaluations, point, sample
 from pyro_vaediff.sampling.solvers import check_diffusion
+from pyro_vaediff.train import TrainConfig, Trainer
 from pyro_vaediff.train.report import pixel_space
 from pyro_vaediff.train.runs import load_data, load_vae
 from pyro_vaediff.train.splits import one_hot
@@ -119,14 +122,30 @@ class Study:
                 for grid, times in grids(prior, self.args.grids, n).items():
                     row = {"measure": "nats", "name": name, "grid": grid, "budget": n, "steps": n}
                     yield row | {"evaluations": n}, partial(self.bound, prior, times)
+                    if self.args.fine_tune and (name, grid) == ("diagonal, fitted", "optimal"):
+                        row |= {"name": "diagonal, fine-tuned", "evaluations": n}
+                        yield row, partial(self.fine_tuned_bound, prior, times)
 
-    def bound(self, prior: DiffusionPrior, times: Tensor) -> float:
-        r"""Returns the negative ELBO of test images with other steps, in nats per image."""
+    def fine_tuned_bound(self, prior: DiffusionPrior, times: Tensor) -> float:
+        r"""Returns the negative ELBO after the prior has been trained with these steps."""
+        vae = copy.deepcopy(self.vae)
+        vae.prior = copy.deepcopy(prior).with_steps(times)
+        epochs, seed = self.args.fine_tune, self.args.seed
+        config = TrainConfig(
+            epochs=0, prior_epochs=epochs, lr=1e-3, lr_schedule="cosine", seed=seed
+        )
+        trainer = Trainer(
+            vae, self.data, Timestep_ELBO(), config, self.args.device, labels=bool(self.num_classes)
+        )
+        return self.bound(check_diffusion(trainer.fit(progress=False).prior))
+
+    def bound(self, prior: DiffusionPrior, times: Tensor | None = None) -> float:
+        r"""Returns the negative ELBO of test images, with other steps if there are any, in nats."""
         x, c = self.part("test", self.args.num_images)
         batches = x.split(100)
         contexts = [None] * len(batches) if c is None else c.split(100)
         try:
-            self.vae.prior = prior.with_steps(times)
+            self.vae.prior = prior if times is None else prior.with_steps(times)
             # A seed per batch gives all chains the same z_0.
             sums = [
                 len(x) * sum(evaluate(self.vae, x, c=c, seed=self.args.seed + i).values())
