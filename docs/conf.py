@@ -14,7 +14,6 @@ import pyro_vaediff
 
 sys.path.insert(0, str(Path(__file__).parent))
 from api_pages import write_api_pages
-from install_cell import repository, with_install_cell
 
 project = "pyro_vaediff"
 author = "the pyro_vaediff authors"
@@ -28,6 +27,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",
     "myst_nb",
+    "notebooks",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 
@@ -107,16 +107,9 @@ def resolve_short(app: Sphinx, env, node, contnode):
     )
 
 
-def add_install_cell(app: Sphinx, page: str, source: list[str]) -> None:
-    r"""Gives each notebook a first cell that installs the library where it is missing."""
-    address = repository(Path(app.srcdir).parent / "pyproject.toml")
-    source[0] = with_install_cell(source[0], page, address)
-
-
 def setup(app: Sphinx) -> None:
     roles.register_local_role("py", roles.code_role)
     app.connect("builder-inited", lambda app: write_api_pages(Path(app.srcdir, "api/generated")))
-    app.connect("source-read", add_install_cell)
     app.connect("autodoc-skip-member", skip_foreign)
     app.connect("autodoc-process-docstring", describe_data)
     app.connect("missing-reference", resolve_short)

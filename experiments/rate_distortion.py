@@ -30,6 +30,7 @@ import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -42,7 +43,7 @@ from pyro_vaediff.data import ImageData, load
 from pyro_vaediff.evaluate import evaluate
 from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.plotting.style import COLORS, legend, slide, write
+from pyro_vaediff.plotting.style import COLORS, DASHES, MARKERS, legend, slide, write
 from pyro_vaediff.priors import PRIORS
 from pyro_vaediff.train import ModelConfig, TrainConfig, Trainer
 
@@ -158,8 +159,10 @@ def compare(rows: Sequence[Row], one: str, other: str) -> str:
 def plot(rows: Sequence[Row], path: Path) -> None:
     r"""Draws the curves, the mean over seeds."""
     figure, (axes,) = slide("Rate and distortion")
-    for color, prior in zip(COLORS, dict.fromkeys(str(row["prior"]) for row in rows), strict=False):
-        axes.plot(*zip(*curve(rows, prior), strict=True), "o-", color=color, label=prior)
+    for i, prior in enumerate(dict.fromkeys(str(row["prior"]) for row in rows)):
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)]}  # and told apart without
+        style |= {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+        axes.plot(*zip(*curve(rows, prior), strict=True), label=prior, **style)
     for beta, (rate, distortion) in points(rows, str(rows[-1]["prior"])).items():
         where = (rate.mean, distortion.mean)
         axes.annotate(f"β = {beta:g}", where, (-8, -14), textcoords="offset points", ha="right")

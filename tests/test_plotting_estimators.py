@@ -344,6 +344,17 @@ def test_eight_names_have_eight_looks(drawn):
     for axes in (left, right):
         looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
         assert len(set(looks)) == 8 and looks[0] == (BLUE, "-")
+        grey = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
+        assert len(grey) == 8  # told apart without colors
+
+
+def test_unbiased_errors_and_noises_are_told_apart_without_colors(drawn):
+    (axes,) = drawn(plot_convergence, errors(**{name: 1.0 for name in "abcdef"}))
+    curves = [line for line in axes.lines if line.get_label() in "abcdef"]
+    assert len({line.get_marker() for line in curves}) == 6
+    t = torch.arange(1, 21, dtype=torch.float64)
+    left, _ = drawn(plot_gradient_noise, t, {name: 1 / t for name in "abcdef"}, {"uniform": t})
+    assert len({(line.get_linestyle(), line.get_marker()) for line in left.lines}) == 6
 
 
 # --- Broken input ---

@@ -35,6 +35,19 @@ def test_the_curve_is_the_mean_over_seeds_in_the_order_of_rates(script):
     assert (rate.mean, rate.standard_error, distortion.sd) == (5.0, pytest.approx(1.0), 0.0)
 
 
+def test_curves_are_told_apart_without_colors(script, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script, "legend", drawn.append)
+    rows = [
+        {"prior": prior, "beta": beta, "seed": 0, "rate": 8 / beta, "distortion": beta}
+        for prior in ("gaussian", "flow", "diffusion")
+        for beta in (1.0, 2.0)
+    ]
+    script.plot(rows, tmp_path / "curves.png")
+    looks = {(line.get_linestyle(), line.get_marker()) for line in drawn[0].lines}
+    assert len(looks) == 3
+
+
 def test_a_higher_weight_has_a_lower_rate(script):
     args = script.parse_args(["--epochs", "6", "--width", "8", "--latent-dim", "4"])
     data = load("digits", limit=300)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -302,51 +300,3 @@ def test_best_steps_are_the_moments_of_the_way_back():
         torch.testing.assert_close(best.mean.squeeze(), mean, atol=1e-10, rtol=0)
         variance = (law * (z - mean) ** 2).sum()
         torch.testing.assert_close(best.variance.squeeze(), variance, atol=1e-10, rtol=0)
-
-
-# --- The first cell of a notebook ---
-
-PAGE = "# A page\n\n```{code-cell} python\nimport torch\n```\n\n```{code-cell} python\n1\n```\n"
-
-
-def first_cell(page: str, address: str | None, tmp_path: Path) -> str:
-    module = load("install_cell", DOCS / "install_cell.py")
-    path = tmp_path / "page.md"
-    path.write_text(module.with_install_cell(PAGE, page, address), encoding="utf-8")
-    found = cells(path)
-    assert [cell.code for cell in found[1:]] == ["import torch\n", "1\n"]
-    assert found[0].options == {"tags": ["remove-cell"]}
-    return found[0].code
-
-
-@pytest.mark.parametrize("page", ["tutorials/1-elbo", "teaching/assignment-1"])
-@pytest.mark.parametrize("address", [None, "https://example.org/a/b"])
-def test_notebooks_install_the_library_where_it_is_missing(tmp_path, monkeypatch, page, address):
-    code, calls = first_cell(page, address, tmp_path), []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append(command))
-    exec(code, {})  # it is installed here
-    assert not calls
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(shutil, "unpack_archive", lambda *args: calls.append([*args]))
-    monkeypatch.setattr(os, "chdir", lambda folder: calls.append(["cd", folder]))
-    exec(code, {})
-    get, install, folder = calls
-    expected = ["pyro_vaediff.zip"] if address is None else ["git", "clone", "-q", address]
-    assert get == [*expected, "source"]
-    assert install == [sys.executable, "-m", "pip", "install", "-q", "./source"]
-    assert folder == ["cd", f"source/docs/{page.partition('/')[0]}"]
-
-
-def test_other_pages_have_no_such_cell(tmp_path):
-    module = load("install_cell", DOCS / "install_cell.py")
-    for page in ("tutorials/index", "theory/vae", "teaching/marking"):
-        assert module.with_install_cell(PAGE, page, None) == PAGE
-
-
-def test_the_address_is_that_of_the_metadata(tmp_path):
-    module = load("install_cell", DOCS / "install_cell.py")
-    path = tmp_path / "pyproject.toml"
-    path.write_text('[project]\nname = "a"\n[project.urls]\nRepository = "https://example.org"\n')
-    assert module.repository(path) == "https://example.org"
-    path.write_text('[project]\nname = "a"\n')
-    assert module.repository(path) is None

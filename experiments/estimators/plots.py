@@ -2,6 +2,7 @@ r"""Charts which compare gradient estimators of one ELBO: error, noise and train
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def plot_convergence(
         colors, k = BIASED if biased else UNBIASED, count[biased]
         style: dict[str, Any] = {"color": colors[k % len(colors)], "linewidth": 2.5}
         style |= {"linestyle": DASHES[1 + k % 3 if biased else 0]}
-        style |= {"marker": MARKERS[i % len(MARKERS)] if len(n) <= 30 else ""}
+        style |= {"marker": MARKERS[i % len(MARKERS)], "markevery": math.ceil(len(n) / 30)}
         axes.plot(n, error, label=wrap(f"{name} (biased)" if biased else name), **style)
         count[biased] += 1
     guide = 1.5 * max((n.sqrt() * error).max() for n, error in fair) / ends.sqrt()
@@ -132,16 +133,15 @@ def plot_gradient_noise(
     looks: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(name for name in {**noise, **proposals} if name != "optimal"):
         looks[name] = {"color": COLORS[i % 6], "linestyle": DASHES[i % 4], "linewidth": 2.5}
-    looks["optimal"] = {"color": BLACK, "linewidth": 6, "zorder": 1.9}
+        looks[name]["marker"] = MARKERS[i % len(MARKERS)]
+    looks["optimal"] = {"color": BLACK, "linewidth": 6, "zorder": 1.9, "marker": "o"}
 
     figure, (left, right) = slide(title, panels=2)
     for axes, curves in zip((left, right), panels.values(), strict=True):
         for name, values in curves.items():
-            # Markers show single values between zeros.
-            marker = "o" if len(t) <= 30 else "" if values.all() else "."
-            axes.plot(
-                t, values.where(values > 0, torch.nan), label=name, marker=marker, **looks[name]
-            )
+            # Points show single values between zeros.
+            few: dict[str, Any] = {} if len(t) <= 30 else {"marker": "" if values.all() else "."}
+            axes.plot(t, values.where(values > 0, torch.nan), label=name, **looks[name] | few)
         values = torch.cat(list(curves.values()))
         log_axis(axes.xaxis, t, 1.25)
         log_axis(axes.yaxis, values[values > 1e-6 * values.max()], 2)
@@ -193,6 +193,9 @@ def plot_training(
         for i, (name, mean) in enumerate(means.items()):
             color, x, y, band = COLORS[i % len(COLORS)], mean[key], mean["loss"], mean["band"]
             style: dict[str, Any] = {"linestyle": DASHES[i % len(DASHES)]}
+            if i >= len(DASHES):  # the dashes are used again: told apart without colors
+                style |= {"marker": MARKERS[i // len(DASHES) - 1], "markersize": 7}
+                style |= {"markevery": math.ceil(len(y) / 30)}
             style |= {"marker": "o", "clip_on": False} if len(y) == 1 else {}
             axes.plot(x, y, color=color, linewidth=2.5, label=name, **style)
             if band.any():

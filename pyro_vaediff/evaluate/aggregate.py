@@ -44,7 +44,7 @@ def aggregate_prior(
         ceiling = VAE(vae.encoder, vae.decoder, aggregate_prior(vae, data.train), vae.space)
         sum(evaluate(ceiling, data.test).values())
 
-    On the data themselves, each of which has a component of its own, it says nothing of a model.
+    On the data themselves, each of which has a component of its own, it says nothing about a model.
 
     Arguments:
         vae: The VAE. It is evaluated in eval mode, on the device of its parameters.
@@ -83,7 +83,7 @@ def aggregate_log_prob(z_0: Tensor, posteriors: Sequence[dist.TorchDistribution]
     r"""Returns the log-density of an equal mixture of distributions.
 
     Arguments:
-        z_0: The points, with shape :math:`(M, *\mathrm{event})`, best in float64.
+        z_0: The points, with shape :math:`(M, *\mathrm{event})`, preferably in float64.
         posteriors: Batches of components, :math:`N` in all.
 
     Returns:

@@ -35,7 +35,7 @@ Data = Tensor | Iterable | Dataset
 
 
 def value_elbo(k: int = 32) -> Timestep_ELBO:
-    r"""Returns the estimator of values that stand for the bound, such as while models are trained.
+    r"""Returns an estimator of values of the bound, such as those of validation in training.
 
     Antithetic pairs would lower the noise of gradients; that of values is lowered by twice as many
     different timesteps.
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def check_bound(elbo: object) -> None:
-    r"""Raises a ``ValueError`` unless an estimator is one of a bound, as whatever reports needs."""
+    r"""Raises a ``ValueError`` unless an estimator is one of a bound, as all reports need it."""
     if isinstance(elbo, Reweighted):
         raise ValueError(
             f"elbo must estimate a bound, got Reweighted ({elbo.name}): use elbo.bound"
@@ -117,7 +117,7 @@ def kl_by_timestep(vae: VAE, x: Tensor, c: Tensor | None = None) -> Tensor:
         The KLs, with shape :math:`(T,)`.
 
     Raises:
-        ValueError: If :math:`q(z_0 | x)` is not Gaussian, or there are several of it.
+        ValueError: If :math:`q(z_0 | x)` is not Gaussian, or if there is more than one.
     """
     if isinstance(vae.prior, HierarchicalPrior):
         raise ValueError(

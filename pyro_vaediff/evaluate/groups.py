@@ -66,7 +66,7 @@ def active_units(
     .. math:: A_u = \mathrm{Var}_x \big( E_{q(z|x)}[z_u] \big) > \text{threshold}
 
     The posterior of a group below others depends on what was drawn above it, once per datum. Where
-    a mean has no closed form, such as with a flow, it is that of draws, whose noise is subtracted.
+    a mean has no closed form, as with a flow, it is that of draws, and their noise is subtracted.
 
     Arguments:
         vae: The VAE.

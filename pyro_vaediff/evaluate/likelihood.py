@@ -49,8 +49,8 @@ def bits_per_dim(nats: float, image_shape: Sequence[int], log_bin_width: float =
 def by_samples(log_weights: Tensor) -> dict[int, Tensor]:
     r"""Returns the log-mean-exp of :math:`1, 2, 4, \dots` and all :math:`K` weights.
 
-    A smaller number has one value for each group of that many weights. Their mean has the same
-    expectation as one of them, and less noise.
+    For a smaller number, there is one value for each group of that many weights, and the result is
+    their mean. It has the same expectation as one of them, and less noise.
 
     Arguments:
         log_weights: The logarithms of the weights, with shape :math:`(K, B)`.
@@ -176,7 +176,7 @@ def importance_log_likelihood(
     Its expectation is a lower bound on :math:`\log p(x)` that rises with :math:`K`. It is that of
     :func:`~pyro_vaediff.evaluate.importance_weighted_bound`, with several samples at once and
     without traces. A diffusion prior has two densities, those of two models with one denoiser. Each
-    is a likelihood, so that neither need be the larger one, and so it is for any number of steps:
+    is a likelihood, for any number of steps, and neither need be the larger one:
 
     - ``log_prior="flow"``, the density of its :class:`~pyro_vaediff.sampling.ProbabilityFlow`;
     - ``log_prior="chain"``, that of :math:`z_T \to \dots \to z_0`, which the ELBO bounds. A weight

@@ -1,6 +1,6 @@
 r"""Statistics of the features of images, and the Fréchet distances of a model's images from them.
 
-Images come in batches, such as samples do; those of a data set have a cache.
+Images come in batches, as samples do; those of a data set have a cache.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def frechet_distances(
     c = None if c is None else c[: len(reference)].to(next(vae.parameters()))
 
     def samples() -> Iterator[Tensor]:
-        # A chain of a thousand steps is the faster, the more latents go through it at once.
+        # The more latents go through a chain of a thousand steps at once, the faster it is.
         for many in torch.arange(len(reference)).split(10 * batch_size):
             z_0 = draw(vae.prior, len(many), None if c is None else c[many])
             for rows, z in zip(many.split(batch_size), z_0.split(batch_size), strict=True):

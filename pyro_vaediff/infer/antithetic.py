@@ -1,9 +1,9 @@
 r"""Antithetic noise: every Gaussian draw together with its mirror image.
 
 A gradient at :math:`z = m + s \epsilon` is nearly linear in the noise :math:`\epsilon` wherever the
-scale :math:`s` is small against the curvature of what is differentiated. Its linear part has no
-mean, it is only noise, and the mean over the pair :math:`(\epsilon, -\epsilon)` does not have it.
-Each of the two has the same law as a single draw, so that there is no bias.
+scale :math:`s` is small against the curvature of what is differentiated. Its linear part has mean
+zero: it is only noise, and it cancels in the mean over the pair :math:`(\epsilon, -\epsilon)`. Each
+of the two has the same law as a single draw, so that there is no bias.
 
 References:
     | A New Monte Carlo Technique: Antithetic Variates (Hammersley & Morton, 1956)
@@ -35,7 +35,7 @@ class Antithetic(Messenger):
     r"""An effect handler that draws the two halves of a plate as mirror images of each other.
 
     It applies to the latent sites inside of one of the given plates, whose elements must be draws
-    of the same estimate: copies that meet in the mean of a loss only. A diagonal Gaussian gets the
+    of one estimate: copies that meet only in the mean of a loss. A diagonal Gaussian gets the
     noise :math:`\epsilon` in the first half and :math:`-\epsilon` in the second, about the mean
     and in the scale that it has in each. Timesteps are drawn for the first half and shared with the
     second. Other distributions stay as they are, and so does a plate of an odd size.

@@ -18,7 +18,7 @@ def check_mean_field(
     :class:`pyro.infer.TraceMeanField_ELBO` replaces :math:`\log q(z | \cdot) - \log p(z | \cdot)`
     by its expectation over :math:`z` at every site, as if :math:`p(z | \cdot)` stayed the same when
     :math:`z` changes. That holds iff the parents of :math:`z` in the model contain no descendant of
-    :math:`z` in the guide. Pyro itself compares the order of the sites only, and only warns.
+    :math:`z` in the guide. Pyro itself compares only the order of the sites, and only warns.
 
     The programs run once each, with provenance tracking: use a chain of a few steps.
 

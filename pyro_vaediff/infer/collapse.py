@@ -27,9 +27,9 @@ PLATE = "diffusion_timesteps"  # unlike any plate of the programs around
 class CollapseChain(Messenger):
     r"""An effect handler that interprets the chain of a diffusion prior as a few of its steps.
 
-    For each chosen timestep there are two sites: ``"z_t"`` has the law :math:`q(z_t | \cdot)` and
-    only a value, ``"z_s"`` with :math:`s = t - 1` has the reverse kernels :math:`q(z_s | z_t,
-    \cdot)` and :math:`p(z_s | z_t)`, and the weight :math:`1 / k r(t)` of its timestep.
+    For each chosen timestep there are two sites. ``"z_t"`` has the law :math:`q(z_t | \cdot)`, and
+    only its value counts. ``"z_s"`` with :math:`s = t - 1` has the reverse kernels :math:`q(z_s |
+    z_t, \cdot)` and :math:`p(z_s | z_t)`, and the weight :math:`1 / k r(t)` of its timestep.
 
     Arguments:
         propose: A function that returns the proposal of a prior, or ``None`` for all timesteps.
@@ -165,11 +165,12 @@ class CollapseChain(Messenger):
 def limit(
     prior: DiffusionPrior, position: Tensor, noise: Callable[[Tensor], Tensor]
 ) -> dist.Independent:
-    r"""Returns what a cell of length :math:`\Delta` has in place of :math:`z_s` in continuous time.
+    r"""Returns the law that takes the place of :math:`z_s` for a cell in continuous time.
 
-    It is :math:`\mathcal{N}(\epsilon, (-\lambda'(t) \Delta)^{-1} I)`. The KL divergence of two such
-    distributions is that of as many steps as there may be in the cell, if they were all like the
-    one at time :math:`t`: in expectation over :math:`t`, their integral.
+    It is :math:`\mathcal{N}(\epsilon, (-\lambda'(t) \Delta)^{-1} I)` for a cell of length
+    :math:`\Delta`. The KL divergence of two such distributions is that of as many steps as there
+    may be in the cell, if all of them were like the one at time :math:`t`. In expectation over
+    :math:`t`, it is their integral.
 
     Arguments:
         prior: The prior.

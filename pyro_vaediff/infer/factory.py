@@ -45,8 +45,8 @@ def make_elbo(name: str, weighting: str = "elbo", **options: Any) -> Trace_ELBO:
         name: ``"timestep"``, ``"trace"`` or ``"trace-kl"``; or a bound of many samples, ``"iwae"``
             or ``"dreg"``.
         weighting: ``"elbo"``, or the name of a :class:`Reweighted` objective, which is no bound.
-        options: Keyword arguments of :class:`Timestep_ELBO`, of which the others take those that
-            they have: they have no timesteps to choose.
+        options: Keyword arguments of :class:`Timestep_ELBO`. The other estimators take those that
+            apply to them: they have no timesteps to choose.
     """
     check_choice("estimator", name, ESTIMATORS)
     if name != "timestep":

@@ -26,8 +26,8 @@ Traces = Sequence[tuple[Trace, Trace]]
 class Cut(Messenger):
     r"""An effect handler that hands a latent on without its history, and keeps what was drawn.
 
-    So densities are functions of latents and parameters, as they are written, and the gradient with
-    respect to either is the partial one.
+    Densities are then functions of latents and parameters, as they are written, and the gradient
+    with respect to either is the partial one.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -39,13 +39,13 @@ class Cut(Messenger):
 
 
 def drawn(guide_trace: Trace) -> list[tuple[Tensor, Tensor]]:
-    r"""Returns what the guide has drawn, and what it went on with, in the program's order."""
+    r"""Returns the guide's draws and the values that it went on with, in the program's order."""
     latents = latent_sites(guide_trace)
     return [(s["infer"]["drawn"], s["value"]) for s in latents if "drawn" in s["infer"]]
 
 
 def regenerated(model_trace: Trace) -> list[tuple[Tensor, Tensor]]:
-    r"""Returns the latents as the model makes them of their noise, and as they are."""
+    r"""Returns the latents as the model makes them from their noise, and as they are."""
     pairs = []
     for site in latent_sites(model_trace):
         normal, z = base_normal(site["fn"]), site["value"]
@@ -62,7 +62,7 @@ def regenerated(model_trace: Trace) -> list[tuple[Tensor, Tensor]]:
 def along_path(target: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     r"""Returns a number whose gradient is that of the target through the draws.
 
-    What a draw does to later ones is added from the last to the first, by the chain rule.
+    The effect of a draw on later ones is added from the last to the first, by the chain rule.
 
     Arguments:
         target: A function of the latents, a single number.
@@ -149,7 +149,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def fits(scale: Any, shape: Size) -> bool:
-    r"""Returns whether a scale is one for each datum at most."""
+    r"""Returns ``True`` if a scale has at most one value for each datum."""
     if not isinstance(scale, Tensor):
         return True
     return torch.broadcast_shapes(scale.shape, shape).numel() == shape.numel()

@@ -12,7 +12,7 @@ has three parts: that of the model, the *score* and the *path* of the guide,
     \nabla L = \sum_k c_k \nabla_\theta \log p(x, z^k) - \sum_k s_k \nabla_\psi \log q(z^k | x)
         + \sum_k a_k \frac{\partial \log w_k}{\partial z^k} \nabla_\psi z^k .
 
-An estimator is a bound and the numbers :math:`s_k` and :math:`a_k`:
+An estimator is a bound together with the numbers :math:`s_k` and :math:`a_k`:
 
 ==================================================== ============ ===================
 gradient                                             score        path
@@ -81,8 +81,8 @@ class MultiSampleELBO(TracedELBO, ABC):
     The gradient is that of the first order only.
 
     Arguments:
-        num_particles: The number of particles. One makes every bound the ELBO.
-        gradient: What the gradient is made of, by default that of the class.
+        num_particles: The number of particles. With one, every bound is the ELBO.
+        gradient: The form of the gradient, by default that of the class.
         kwargs: Keyword arguments of :class:`pyro.infer.Trace_ELBO`.
 
     Raises:

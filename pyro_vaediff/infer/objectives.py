@@ -1,4 +1,4 @@
-r"""Objectives that weigh the KLs of a bound otherwise. **None of them is a bound.**
+r"""Objectives that weight the KLs of a bound differently. **None of them is a bound.**
 
 They are for training only; whatever reports takes the bound itself, see :class:`Reweighted`. Each
 takes an estimator of the bound, or another objective: they can be nested.
@@ -27,7 +27,7 @@ __all__ = ["FreeBits", "KLBalance", "KLWeight", "TotalCorrelation", "group_of", 
 
 
 def group_of(name: str) -> str:
-    r"""Returns the group of latents that a term is of: the scope of its name, if it has one.
+    r"""Returns the group of latents that a term belongs to: the scope of its name, if it has one.
 
     Example:
         >>> group_of("group1/z_s"), group_of("-H[group2/z_0]"), group_of("z_0")
@@ -109,8 +109,8 @@ class FreeBits(Reweighted):
     .. math:: E_q[-\log p(x | z)] + \sum_l \max\Big(\lambda, \frac{1}{B} \sum_{b=1}^B
         \mathrm{KL}_l(x_b)\Big)
 
-    A group is what stands in one :func:`pyro.contrib.autoname.scope`, such as those of a
-    :class:`~pyro_vaediff.priors.HierarchicalPrior`; without scopes all latents are one.
+    A group is all that stands in one :func:`pyro.contrib.autoname.scope`, such as those of a
+    :class:`~pyro_vaediff.priors.HierarchicalPrior`; without scopes, all latents are one group.
 
     Arguments:
         elbo: The estimator of the bound.
@@ -139,14 +139,14 @@ class FreeBits(Reweighted):
 
 
 class KLBalance(Reweighted):
-    r"""A bound whose KL warms up, and is spread over the groups of latents until it has.
+    r"""A bound whose KL warms up, and until then is balanced over the groups of latents.
 
     .. math:: E_q[-\log p(x | z)] + \beta \sum_{l=1}^L \gamma_l \, \mathrm{KL}_l, \qquad \gamma_l
         \propto \frac{1}{D_l} \Big( \frac{1}{B} \Big| \sum_{b=1}^B \mathrm{KL}_l(x_b) \Big| +
         0.01 \Big), \qquad \frac{1}{L} \sum_{l=1}^L \gamma_l = 1
 
-    The coefficients have no gradient. A group that is hardly in use, for its number :math:`D_l` of
-    latents, costs little. Once :math:`\beta \geq 1`, they are 1.
+    The coefficients have no gradient. A group that is hardly in use, given its number :math:`D_l`
+    of latents, costs little. Once :math:`\beta \geq 1`, the coefficients are 1.
 
     Arguments:
         elbo: The estimator of the bound.
@@ -180,15 +180,15 @@ class KLBalance(Reweighted):
 class TotalCorrelation(Reweighted):
     r"""A bound with another weight of the total correlation of the latents, as in beta-TCVAE.
 
-    The aggregate posterior is the farther from the product of its marginals, the more its latents
-    have to do with each other. This part of :math:`\mathrm{KL}(q(z_0) \,\|\, p(z_0))` gets the
+    The more the latents depend on each other, the farther the aggregate posterior is from the
+    product of its marginals. This part of :math:`\mathrm{KL}(q(z_0) \,\|\, p(z_0))` gets the
     weight :math:`\beta` in place of 1:
 
     .. math:: -\mathrm{ELBO} + (\beta - 1) \, \mathrm{KL}\Big(q(z_0) \,\Big\|\, \prod_{d=1}^D
         q(z_{0,d})\Big)
 
-    It is a part of the KL for any prior, but only for a factorized one is the rest a KL of each
-    latent. The batch stands in for the data, see :func:`total_correlation`.
+    It is a part of the KL for any prior, but only for a factorized one is the rest a sum of one KL
+    per latent. The batch stands in for the data, see :func:`total_correlation`.
 
     Arguments:
         elbo: The estimator of the bound, given :math:`z_0`.
@@ -246,11 +246,11 @@ def total_correlation(q: TorchDistribution, z: Tensor) -> Tensor:
     .. math:: \log q(z_b) - \sum_{d=1}^D \log q_d(z_{b,d}), \qquad q(z) = \frac{1}{B}
         \sum_{b=1}^B q(z | x_b)
 
-    Their mean is unbiased for the total correlation of this mixture. If the batch is a part of the
-    data, that is not theirs: each latent has a component of its own, with a weight as large as
-    :math:`1 / B`. The minibatch-weighted sampling of Chen et al., equation (3), has the weights
-    :math:`1 / N B` in place of :math:`1 / B` for :math:`N` data: a number that is larger by the
-    constant :math:`(D - 1) \log N`, with the same gradient.
+    Their mean is unbiased for the total correlation of this mixture. If the batch is only a part of
+    the data, that is not the total correlation of all data: each latent has a component of its own,
+    with a weight as large as :math:`1 / B`. The minibatch-weighted sampling of Chen et al.,
+    equation (3), has the weights :math:`1 / N B` in place of :math:`1 / B` for :math:`N` data: a
+    number that is larger by the constant :math:`(D - 1) \log N`, with the same gradient.
 
     Arguments:
         q: The posteriors :math:`q(z | x_b)`, diagonal Gaussians with batch shape :math:`(*, B)`.
@@ -260,7 +260,7 @@ def total_correlation(q: TorchDistribution, z: Tensor) -> Tensor:
         The estimates in nats, with shape :math:`(*, B)`.
 
     Raises:
-        ValueError: If the posteriors are no diagonal Gaussians.
+        ValueError: If the posteriors are not diagonal Gaussians.
     """
     normals, shape, n = base_normal(q), q.batch_shape + q.event_shape, len(q.event_shape)
     if normals is None:

@@ -1,6 +1,6 @@
 r"""Proposals :math:`r(t)`: which timesteps an estimator looks at.
 
-A sum over timesteps is estimated without bias from few of them,
+A sum over timesteps is estimated without bias from a few of them,
 
 .. math:: \sum_t L_t = E_{r(t)}\left[ \frac{L_t}{r(t)} \right],
 
@@ -155,8 +155,8 @@ class UniformTimesteps(Proposal):
 class ImportanceTimesteps(Proposal):
     r"""Timesteps in proportion to the terms that a standard Gaussian :math:`q(z_0)` would have.
 
-    If the aggregate posterior is :math:`\mathcal{N}(0, I)` and the prior as well, every term is
-    known in closed form, :func:`typical_kl`, and trained models differ by a slowly varying factor.
+    If both the aggregate posterior and the prior are :math:`\mathcal{N}(0, I)`, every term is known
+    in closed form, :func:`typical_kl`, and trained models differ by a slowly varying factor.
 
     Arguments:
         scale: The encoder scale :math:`s` that is assumed when conditioning on ``"x"``.
@@ -179,7 +179,7 @@ class ImportanceTimesteps(Proposal):
         like = prior.schedule.betas
         if self._cache is None or self._cache[0] != key or self._cache[1].device != like.device:
             kl = typical_kl(prior, 0.0 if conditioning == "z_0" else self.scale)[2:]
-            # Of a chain that does next to nothing, or erases all at once, rounding is left.
+            # For a chain that does next to nothing, or erases all at once, only rounding is left.
             kl = kl.clamp(min=0) + torch.finfo(kl.dtype).tiny
             probs = (1 - self.uniform) * kl / kl.sum() + self.uniform / len(kl)
             self._cache = key, probs.to(like.device)
@@ -190,7 +190,7 @@ class LossAwareTimesteps(Proposal):
     r"""Timesteps in proportion to :math:`\sqrt{E[L_t^2]}`, learned from the terms that were seen.
 
     Arguments:
-        decay: How much of a running mean an observation leaves, per evaluation that saw its
+        decay: The share of a running mean that an observation leaves, per evaluation that saw its
             timestep. Nichol & Dhariwal keep the last 10 terms per timestep.
         uniform: The share of a uniform proposal that is mixed in.
 

@@ -37,8 +37,8 @@ GRID = 2**SobolEngine.MAXBIT  # points have whole multiples of its inverse
 class QuasiRandom(Messenger):
     r"""An effect handler that draws Gaussian noise and timesteps from scrambled Sobol points.
 
-    The elements of the given plates are the points; they must be draws of the same estimate, which
-    meet in the mean of a loss only: data, timesteps of a datum, vectorized particles. Along other
+    The elements of the given plates are the points; they must be draws of one estimate, which meet
+    only in the mean of a loss: data, timesteps of a datum, vectorized particles. Along other
     dimensions, such as that of the data if they are not named, points are shifted independently of
     each other. Other distributions stay as they are. The points are from torch's generator on the
     CPU. They are most even if their number is a power of two, and if data are in random order:

@@ -7,7 +7,7 @@ z_t)` at a scale :math:`c_t` of its own, where the KL divergence has :math:`\sig
     \frac{\|\tilde\mu_t - \mu_\phi\|^2}{2 \sigma_t^2} .
 
 - ``"simple"``: :math:`L_\mathrm{simple} = E_{t \sim \mathcal{U}\{1, \dots, T\}} \|\epsilon -
-  \hat\epsilon\|^2` of Ho et al. takes the place of all steps, also of :math:`-\log p(z_0 | z_1)`.
+  \hat\epsilon\|^2` of Ho et al. takes the place of all steps, :math:`-\log p(z_0 | z_1)` included.
 - ``"paper"``: equations (12) and (20) as printed (sign corrected): the mean over :math:`t = 2,
   \dots, T` in place of the sum, neither :math:`\mathrm{KL}(q(z_T | z_0) \,\|\, p(z_T))` nor
   :math:`-\log p(z_0 | z_1)`.

@@ -39,8 +39,8 @@ def log_mean_exp(log_w: Tensor, groups: int = 1) -> Bound:
 
     .. math:: \frac{1}{M} \sum_{m=1}^M \log \frac{1}{K} \sum_{k=1}^K w_{mk}
 
-    One group is the bound of an importance-weighted autoencoder. As many as there are weights are
-    the ELBO.
+    With one group, it is the bound of an importance-weighted autoencoder. With as many groups as
+    there are weights, it is the ELBO.
 
     Arguments:
         log_w: The logarithms of the weights, with shape :math:`(M K, *)`.
@@ -58,7 +58,7 @@ def log_mean_exp(log_w: Tensor, groups: int = 1) -> Bound:
 
 
 class Gradient:
-    r"""The gradient as automatic differentiation has it: both the score and the path."""
+    r"""The gradient as automatic differentiation gives it: both the score and the path."""
 
     #: Whether the latents of the model are reparameterized as well.
     generalized = False
@@ -73,7 +73,7 @@ class Gradient:
 
 
 class StickingTheLanding(Gradient):
-    r"""The path alone. What is left out has no mean for one sample: for more, this is **biased**.
+    r"""The path alone. What it leaves out has mean zero for one sample; for more it is **biased**.
 
     References:
         | Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference
@@ -86,7 +86,7 @@ class StickingTheLanding(Gradient):
 
 
 class DoublyReparameterized(StickingTheLanding):
-    r"""The path alone, with the mean of the score in it.
+    r"""The path alone, which takes the mean of the score in.
 
     The score is reparameterized once more: :math:`E[c_k \nabla_\psi \log q(z^k)] = E[c'_k \,
     (\partial \log w_k / \partial z^k) \nabla_\psi z^k]`. For a log-mean-exp with the normalized

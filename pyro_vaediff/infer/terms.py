@@ -14,7 +14,7 @@ __all__ = ["Estimator", "differentiable_terms", "elbo_terms"]
 
 
 class Estimator(Protocol):
-    r"""An estimator of the ELBO: Pyro's ``ELBO`` does not say what all of its kinds can do."""
+    r"""An estimator of the ELBO, with the methods that Pyro's ``ELBO`` itself does not declare."""
 
     num_particles: int
 
@@ -76,7 +76,7 @@ def elbo_terms(
 def differentiable_terms(
     elbo: Estimator, model: Callable, guide: Callable, *args: Any, **kwargs: Any
 ) -> dict[str, Tensor]:
-    r"""Returns the terms of a differentiable loss; of Pyro's own estimators only their sum.
+    r"""Returns the terms of a differentiable loss; for Pyro's own estimators, only their sum.
 
     Raises:
         ValueError: If the estimator has no such loss.

@@ -1,8 +1,8 @@
 r"""The ELBO of a diffusion prior from a few timesteps per datum.
 
-The same ``prior.model()`` and ``prior.guide(q_z0)`` which unroll into :math:`T + 1` sample sites
-are re-interpreted by an effect handler, :class:`~pyro_vaediff.infer.CollapseChain`, as two programs
-with the sites of a few timesteps. The bound is the same, its cost does not depend on :math:`T`.
+The same ``prior.model()`` and ``prior.guide(q_z0)`` that unroll into :math:`T + 1` sample sites are
+re-interpreted by an effect handler, :class:`~pyro_vaediff.infer.CollapseChain`, as two programs
+with the sites of a few timesteps. The bound is the same, but its cost does not depend on :math:`T`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Timestep_ELBO(TraceKL_ELBO):
         \mathrm{KL}(q(z_{t-1} | z_t, x) \,\|\, p(z_{t-1} | z_t)) \Big] .
 
     In continuous time, with a prior that has ``num_timesteps=None``, the sum over :math:`t \geq 2`
-    has become an integral over the log-SNR, from that of :math:`z_T` to that of :math:`z_1`,
+    becomes an integral over the log-SNR, from that of :math:`z_T` to that of :math:`z_1`,
 
     .. math:: \frac{1}{2} \int E_q \| \epsilon_q - \hat\epsilon(z_\lambda) \|^2 \, d\lambda,
 
@@ -66,14 +66,14 @@ class Timestep_ELBO(TraceKL_ELBO):
         conditioning: What the KLs are conditioned on, ``"z_0"`` or ``"x"``.
         low_discrepancy: Whether the timesteps of a batch are spread evenly.
         antithetic: Whether Gaussian noise comes in mirrored pairs, see
-            :class:`~pyro_vaediff.infer.Antithetic`: that of the timesteps of a datum, which then
-            are :math:`k / 2` different ones twice each if :math:`k` is even, and that of vectorized
-            particles.
+            :class:`~pyro_vaediff.infer.Antithetic`: that of vectorized particles, and that of the
+            timesteps of a datum. If :math:`k` is even, these are then :math:`k / 2` different ones,
+            twice each.
         entropy: How to estimate :math:`-\mathrm{H}[q(z_0 | x)]`, ``"path"`` or ``"exact"``, see
             :class:`TraceKL_ELBO`. Given :math:`x`, it is part of the KLs.
         chunk_size: The number of timesteps that are evaluated at once with ``"all"``. Without
-            gradients, the memory that the denoiser takes is proportional to it, and beside that
-            only the latents of all timesteps are kept.
+            gradients, the memory that the denoiser takes is proportional to it; besides, only the
+            latents of all timesteps are kept.
         kwargs: Keyword arguments of :class:`TraceKL_ELBO`.
 
     Example:
@@ -146,7 +146,7 @@ class Timestep_ELBO(TraceKL_ELBO):
         return self._proposals[prior]
 
     def learn(self, steps: list[Term]) -> None:
-        r"""Has the proposals learn from the KLs of the steps, as they are without their weights."""
+        r"""Lets the proposals learn from the KLs of the steps, without their weights."""
         seen: dict[DiffusionPrior, list[tuple[Tensor, Tensor]]] = {}
         for term in steps:
             infer = term.site["infer"]

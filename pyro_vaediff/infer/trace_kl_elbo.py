@@ -32,9 +32,9 @@ class Term(NamedTuple):
     Arguments:
         name: Its name, such as ``"z_s"`` or ``"-H[z_0]"``.
         value: Its values in nats, one per datum, scaled and masked as its site is.
-        role: What it is for: ``"observed"``, ``"entropy"``, ``"latent"`` of a site that says
-            nothing of itself, or what its guide site says in ``infer``: with a diffusion prior,
-            ``"last"`` (:math:`z_T`), ``"steps"``, ``"first"`` (:math:`z_0`) and ``"constant"``.
+        role: What it is for: ``"observed"``, ``"entropy"``, or what its guide site says in
+            ``infer``: with a diffusion prior, ``"last"`` (:math:`z_T`), ``"steps"``, ``"first"``
+            (:math:`z_0`) and ``"constant"``. If the site says nothing, it is ``"latent"``.
         site: The guide site of a latent, or the site that is observed.
     """
 
@@ -102,13 +102,13 @@ class TraceKL_ELBO(TermsELBO):
     .. math:: -\mathrm{H}[q(z | \cdot)] - \log p(z | \cdot)
 
     with the entropy in closed form where the distribution has one. The latter is always legal. The
-    former is iff the parents of :math:`z` in the model contain no descendant of :math:`z` in the
-    guide, which only the author of the programs can promise; Pyro's ``TraceMeanField_ELBO`` assumes
-    it of every site. See :func:`~pyro_vaediff.infer.check_mean_field`.
+    former is legal iff the parents of :math:`z` in the model contain no descendant of :math:`z` in
+    the guide. Only the author of the programs can promise that; Pyro's ``TraceMeanField_ELBO``
+    assumes it of every site. See :func:`~pyro_vaediff.infer.check_mean_field`.
 
     With ``entropy="path"``, the entropy of a Gaussian is sampled, :math:`-\log q(z | \cdot)`, and
-    its gradient goes through :math:`z` only, not through the parameters of :math:`q`. What is left
-    out, the score, has no mean; and what is left cancels the noise in the gradient of :math:`\log
+    its gradient goes through :math:`z` only, not through the parameters of :math:`q`. The score,
+    which is left out, has mean zero; and the rest cancels the noise in the gradient of :math:`\log
     p` if :math:`q` is near the true posterior. Other distributions, such as flows, have their
     sampled or exact entropy: to score a copy of :math:`z` again would cost an autoregressive flow
     :math:`D` passes.
@@ -207,7 +207,7 @@ def negative_entropy(site: dict[str, Any], entropy: str) -> Tensor:
     r"""Returns :math:`-H[q] = E_q[\log q]`, in closed form if there is one, or an estimate."""
     fn, normal = site["fn"], base_normal(site["fn"])
     if entropy == "path" and normal is not None:
-        # A constant distribution at a value with a gradient is the path derivative.
+        # A constant distribution, at a value with a gradient, gives the path derivative.
         constant = Normal(normal.loc.detach(), normal.scale.detach(), validate_args=False)
         value = sum_rightmost(constant.log_prob(site["value"]), len(fn.event_shape))
     else:

@@ -18,7 +18,7 @@ __all__ = ["TracedELBO", "check_reparameterized", "sites", "unscaled_log_prob"]
 
 
 class TracedELBO(Trace_ELBO):
-    r"""An estimator that is all in its differentiable loss: what Pyro asks for leads to it."""
+    r"""An estimator that is all in its differentiable loss: the methods that Pyro calls use it."""
 
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
@@ -70,7 +70,7 @@ class TracedELBO(Trace_ELBO):
 
 
 def sites(trace: Trace) -> dict[str, dict[str, Any]]:
-    r"""Returns the sites of a trace, of whose ``infer`` Pyro's types know Pyro's entries only."""
+    r"""Returns the sites of a trace, with other entries in ``infer`` than Pyro's types allow."""
     return cast("dict[str, dict[str, Any]]", trace.nodes)
 
 

@@ -1,4 +1,4 @@
-r"""The contract of a prior: a pair of Pyro programs which agree on their latent sites."""
+r"""The contract of a prior: a pair of Pyro programs that agree on their latent sites."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SiteInfer(InferDict, total=False):
         closed_form_kl: Whether a KL divergence in closed form is legal.
         role: What the site is for, see :class:`~pyro_vaediff.infer.Term`.
         t: The timestep(s) of a step.
-        chunk: What ends the name of the site, if it has a part of the timesteps.
+        chunk: The suffix of the site's name, if the site has only some of the timesteps.
     """
 
     closed_form_kl: bool
@@ -111,7 +111,7 @@ class Prior(nn.Module, ABC):
         return self.distribution(c).log_prob(z_0)
 
     def bind(self, encoder: Callable[[Tensor], dist.TorchDistribution] | None) -> None:
-        r"""Is told the encoder of its VAE, and each new one; most priors have no use for it."""
+        r"""Receives the encoder of its VAE, and each new one; most priors have no use for it."""
 
     def initialize(self, x: Tensor) -> None:
         r"""Starts from training data where a prior has a use for them; most have none.

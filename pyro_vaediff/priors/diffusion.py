@@ -32,7 +32,7 @@ class DiffusionPrior(Prior):
 
     :meth:`model` and :meth:`guide` are *effectful statements*, of the message types
     ``"diffusion_model"`` and ``"diffusion_guide"``. By default they run as written below, one
-    sample site per timestep. An effect handler may interpret the same statements otherwise, as
+    sample site per timestep. An effect handler may interpret the same statements differently, as
     :class:`~pyro_vaediff.infer.Timestep_ELBO` does.
 
     The reverse kernel is the :class:`~pyro_vaediff.denoise.Denoiser`'s, which owns the schedule.
@@ -60,12 +60,12 @@ class DiffusionPrior(Prior):
             All three are the same distribution.
         context_features: The number of features :math:`F` of the context, or its shape if it is an
             image; 0 for none. With ``None``, the prior ignores the context of its program: the
-            latents do not depend on it, as on the batch that a datum is from.
+            latents do not depend on it. An example is the batch that a datum comes from.
         context_dropout: The probability of dropping the context of a datum in train mode, see
             :class:`~pyro_vaediff.denoise.Context`. If it is positive, ``model()`` without a context
             is a program as well.
-        denoiser: A whole :class:`~pyro_vaediff.denoise.Denoiser`, in place of what it is made of:
-            all options from ``num_timesteps`` to ``preconditioning``.
+        denoiser: A complete :class:`~pyro_vaediff.denoise.Denoiser`, in place of the options that
+            it is made of: all from ``num_timesteps`` to ``preconditioning``.
 
     References:
         | Diffusion Priors in Variational Autoencoders (Wehenkel & Louppe, 2021)
@@ -135,7 +135,7 @@ class DiffusionPrior(Prior):
 
     @property
     def chain(self) -> DiffusionPrior:
-        r"""The prior of the chain that the model runs, along a learned path as it is now.
+        r"""The prior of the chain that the model runs, with a learned path as it is now.
 
         Code that reads the tables of a schedule takes those of this prior.
         """

@@ -21,13 +21,13 @@ __all__ = ["AggregatePrior", "ExemplarPrior"]
 
 
 class AggregatePrior(Prior):
-    r"""The aggregate posterior of data as a prior: the equal mixture of Gaussians that are given,
+    r"""The aggregate posterior of data as a prior: the equal mixture of the given Gaussians,
 
     .. math:: p(z_0) = \frac{1}{N} \sum_{n=1}^N q(z_0 | x_n) .
 
     For an encoder that stays as it is, no prior has a higher ELBO on these data: what it leaves is
-    the mutual information, see :func:`~pyro_vaediff.evaluate.elbo_surgery`. For others' data it is
-    a density like any other. It has no parameters, and the densities are computed in float64.
+    the mutual information, see :func:`~pyro_vaediff.evaluate.elbo_surgery`. For other data it is a
+    density like any other. It has no parameters, and the densities are computed in float64.
 
     Arguments:
         loc: The means, with shape :math:`(N, *\mathrm{event})`.
@@ -69,8 +69,9 @@ class ExemplarPrior(Prior):
 
     All share the learned variance :math:`\sigma^2`. The means :math:`m_n` are those of
     :math:`q(z_0 | x_n)`, as the encoder was when it last saw :math:`x_n`: the guide keeps them in
-    train mode. They are no parameters and have no gradient. Little is missing: a mixture that *is*
-    the aggregate posterior is at its optimum, where :math:`E_{q(z_0)}[\nabla \log p(z_0)] = 0`.
+    train mode. They are no parameters and have no gradient. Little is lost by that: a mixture that
+    *is* the aggregate posterior is at its optimum, where :math:`E_{q(z_0)}[\nabla \log p(z_0)] =
+    0`.
 
     **Leave one out.** A context is the number :math:`n` of each datum among the training data, with
     shape :math:`(B, 1)`, as a :class:`~pyro_vaediff.train.Trainer` gives it in training. The
@@ -79,11 +80,11 @@ class ExemplarPrior(Prior):
     .. math:: p(z_0 | n) = \frac{1}{|S \setminus n|} \sum_{m \in S \setminus n} \mathcal{N}(z_0 |
         m_m, \mathrm{diag}(\sigma^2)),
 
-    or it would be all that a datum needs. :math:`S` are all training data, or as many as
-    ``num_components`` of them, drawn at random whenever the prior is evaluated: by Jensen's
-    inequality the mean log-density is a lower bound of that with all of them, so that the loss
-    stays a bound. Without a context, such as for test data, the mixture is that of all training
-    data. It is the same density for each of them, and its bound is one.
+    or it would be all that a datum needs. :math:`S` are all training data, or ``num_components`` of
+    them, drawn at random whenever the prior is evaluated: by Jensen's inequality the mean
+    log-density is a lower bound of that with all of them, so that the loss stays a bound. Without a
+    context, such as for test data, the mixture is that of all training data. That is the same
+    density for each test datum, and its bound is a bound.
 
     Networks that see the context as well must ignore it (``context_features=None``). The prior
     starts with means that are drawn such that its moments are those of :math:`\mathcal{N}(0, I)`.
@@ -144,7 +145,7 @@ class ExemplarPrior(Prior):
 
     @torch.no_grad()
     def remember(self, q_z0: dist.TorchDistribution, c: Tensor) -> None:
-        r"""Keeps the means of the posteriors of training data, whose numbers the context is.
+        r"""Keeps the means of the posteriors of training data; the context has their numbers.
 
         Raises:
             ValueError: If the posteriors are not Gaussian.

@@ -42,8 +42,8 @@ def fit_variances(
     The last factor is measured at all times of the prior's grid and interpolated between them, so
     that the variances are the best for any other grid as well, see
     :meth:`~pyro_vaediff.priors.DiffusionPrior.with_steps`. The prior shares the denoiser with the
-    given one. Fit on training data: its bound of *other* data is one then. The noise is drawn from
-    the global generators.
+    given one. Fit it on training data: then its bound of *other* data remains a bound. The noise is
+    drawn from the global generators.
 
     Arguments:
         prior: The prior, whatever its reverse variance.
@@ -72,7 +72,7 @@ def fit_variances(
     )
     times, noise = range(prior.num_timesteps, 0, -1), torch.randn_like(z_0)
     with eval_mode(prior.denoiser):
-        # The same noise at all times: what the sample has by chance changes slowly with the time.
+        # The same noise at all times: the error of the sample changes slowly with the time.
         error = torch.stack([squared_error(prior, z_0, noise, t, c) for t in times])
     if not per_dimension:
         error = error.mean(tuple(range(1, error.ndim)), keepdim=True)
@@ -102,18 +102,18 @@ def step_costs(prior: DiffusionPrior) -> Tensor:
         \sigma^2)
 
     The square :math:`\| z_s - \mu_\phi(z_t) \|^2` is :math:`D \sigma^2` on average, as the variance
-    is the best for it. In a diagonal one, the logarithms of the dimensions sum.
+    is the best for it. With a diagonal variance, the logarithms of the dimensions are summed.
 
     Arguments:
         prior: A prior with analytic or diagonal reverse variances.
 
     Returns:
-        The costs in nats, with shape :math:`(T + 1, T + 1)` and in float64: in row :math:`t` and
-        column :math:`s` that of the step from :math:`t` to :math:`s`, infinite unless :math:`s <
-        t`.
+        The costs in nats, with shape :math:`(T + 1, T + 1)` and in float64. Row :math:`t` and
+        column :math:`s` have the cost of the step from :math:`t` to :math:`s`, which is infinite
+        unless :math:`s < t`.
 
     Raises:
-        ValueError: If the reverse variances are others.
+        ValueError: If the reverse variances are of another kind.
     """
     denoiser, schedule, variance = prior.denoiser, prior.schedule, prior.denoiser.variance
     if not isinstance(variance, Analytic):
@@ -137,7 +137,7 @@ def step_costs(prior: DiffusionPrior) -> Tensor:
 
 
 def optimal_steps(prior: DiffusionPrior, num_steps: int) -> Tensor:
-    r"""Returns the times of the chain of that many steps with the least bound.
+    r"""Returns the times of the best chain of that many steps: its negative ELBO is the lowest.
 
     They are chosen from the times of the prior's grid by dynamic programming over
     :func:`step_costs`, without a further evaluation of the network.

@@ -29,7 +29,9 @@ Posterior = Callable[
 
 
 class ConditionalGaussianPrior(Prior):
-    r"""A Gaussian whose moments a network makes of the context, :math:`\mathcal{N}(m(c), s(c)^2)`.
+    r"""A Gaussian with moments that a network makes of the context.
+
+    .. math:: p(z_0 | c) = \mathcal{N}(m(c), s(c)^2)
 
     The mean starts at 0 and the scale at 1 if the network starts at zero.
 
@@ -90,13 +92,13 @@ class HierarchicalPrior(Prior):
 
     The encoder returns a *lazy* posterior, a function that is asked for one group after the other
     and is told the state so far: the posterior shares the generative path (a ladder). Since the
-    guide draws the groups in the order of the model, each closed-form KL is legal that is legal in
-    a group alone.
+    guide draws the groups in the order of the model, every closed-form KL that is legal within a
+    group is legal in the hierarchy.
 
     Arguments:
         groups: The priors, from the top.
         path: For each group, the module :math:`f_l`. It is called as ``f(h, z)``, the first one as
-            ``f(None, z)``, and maps tensors of shape :math:`(*, \dots)` to such.
+            ``f(None, z)``, and maps tensors of shape :math:`(*, \dots)` to tensors of such a shape.
         event_shape: The shape of the last state :math:`h_L`.
 
     Raises:
@@ -164,7 +166,7 @@ class HierarchicalPrior(Prior):
     def reconstruct(
         self, posterior: Posterior, num_groups: int | None = None, c: Tensor | None = None
     ) -> Tensor:
-        r"""Returns the state of the means of some groups, and of draws of the prior below them.
+        r"""Returns the state from the means of some groups, and draws of the prior below them.
 
         Arguments:
             posterior: The posterior of the data.
@@ -172,7 +174,7 @@ class HierarchicalPrior(Prior):
             c: The context of the first group, with shape :math:`(B, F)`.
 
         Raises:
-            ValueError: If there are not so many groups.
+            ValueError: If there are not that many groups.
         """
         if num_groups is not None and num_groups not in range(1, len(self.groups) + 1):
             raise ValueError(
@@ -199,7 +201,7 @@ class HierarchicalPrior(Prior):
     def with_diffusions(
         self, change: Callable[[DiffusionPrior], DiffusionPrior]
     ) -> HierarchicalPrior:
-        r"""Returns the hierarchy with a function of each of its diffusion priors in its place.
+        r"""Returns the hierarchy in which a function of each diffusion prior takes its place.
 
         Arguments:
             change: The function. The path and the other groups are shared with this hierarchy.

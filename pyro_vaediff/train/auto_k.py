@@ -72,7 +72,7 @@ class AutoK:
     r"""Sets the number of timesteps of an estimator to the best one, measured while it trains.
 
     A measurement takes gradients of a few minibatches, twice each with 2 and with 8 timesteps. The
-    first one is after ``first`` steps, each further one after twice as many: they cost ever less.
+    first one is after ``first`` steps, each further one after twice as many: their cost dwindles.
     The variance of each parameter tensor is relative to the mean square of its gradient, as Adam
     divides by the root of it, and what was measured before counts as much as what is new.
 

@@ -15,10 +15,10 @@ class WeightAverage:
 
     Arguments:
         model: The model.
-        decay: How much of the average an update leaves.
-        share: In place of a decay, about which share of all updates so far the average is over:
-            :math:`1 - 1 / \mathrm{share} \, n` of it is left by the n-th update. The end of
-            training need not be known.
+        decay: The share of the average that an update leaves.
+        share: In place of a decay, the share of all updates so far that the average is over,
+            approximately: the n-th update leaves :math:`1 - 1 / \mathrm{share} \, n` of it. The end
+            of training need not be known.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.0, share: float = 0.0):

@@ -10,7 +10,7 @@ __all__ = ["choose_device", "make_deterministic", "without_tf32"]
 
 
 def without_tf32() -> None:
-    r"""Has GPUs compute in full float32."""
+    r"""Makes GPUs compute in full float32."""
     # Densities are sums over thousands of pixels: 10 bits of a convolution's inputs are too few.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 

@@ -38,7 +38,7 @@ __all__ = [
 
 @contextmanager
 def process_group(device: torch.device | str = "cpu") -> Iterator[torch.device]:
-    r"""Joins the processes that `torchrun` has started, and leaves them in the end.
+    r"""Joins the processes that `torchrun` has started, and leaves them at the end.
 
     They communicate through gloo on CPUs and through NCCL on GPUs. Without `torchrun`, nothing
     happens.

@@ -54,8 +54,8 @@ class Trainer(SavedRun):
             write nothing.
         snapshots: The epochs after which the model is kept as ``epoch-N.pt`` as well; 0 is its
             initialization.
-        init: A run directory or a checkpoint, whose encoder and decoder this run starts from, and
-            whose prior if it is of the same kind.
+        init: A run directory or a checkpoint whose encoder and decoder this run starts from, as
+            well as its prior if that is of the same kind.
         model_config: What the VAE was made from, for :func:`~pyro_vaediff.train.load_vae`. Without
             one, :func:`~pyro_vaediff.train.load_weights` loads the weights.
         make_optimizer: A function from groups of parameters, each with its ``"lr"``, to an
@@ -279,8 +279,8 @@ class Trainer(SavedRun):
     def validate(self, epoch: int) -> float:
         r"""Returns the negative ELBO of the validation images, in nats per datum.
 
-        The bound is estimated with the same random numbers in every epoch, such that models are
-        compared and not their noise. Epochs that are not validated have the loss of the one before.
+        The bound is estimated with the same random numbers in every epoch, so that models are
+        compared and not their noise. An epoch that is not validated has the loss of the one before.
 
         Arguments:
             epoch: The number of the epoch, from 1.

@@ -59,7 +59,7 @@ from .runs import CHECKPOINT
 
 __all__ = ["DEFAULTS", "Config", "choose_device", "main", "parse_args", "without_tf32"]
 
-# What a setting is if it is not given. The paper's, where it has a say.
+# The settings that hold if none is given. They are the paper's, where it has a say.
 DEFAULTS: dict[str, dict[str, object]] = {
     "digits": {
         "latent_dim": 16, "width": 32, "epochs": 60, "lr": 2e-3, "lr_schedule": "cosine",

@@ -35,7 +35,7 @@ DIFFUSION: Users = {"prior": ("diffusion",)}  # who has a use for an option
 class ModelConfig(Checked):
     r"""The architecture of a VAE, which a checkpoint carries.
 
-    Beside the options, it has the shape :math:`(C, H, W)` and the number of ``levels`` of the
+    Besides the options, it has the shape :math:`(C, H, W)` and the number of ``levels`` of the
     images, the number of classes of the labels that it is given, 0 for none, and the number of
     training data of an exemplar prior.
     """
@@ -210,7 +210,7 @@ class ModelConfig(Checked):
                 )
 
     def check_sizes(self) -> None:
-        r"""Raises a ``ValueError`` unless the networks have such latents of images of that size."""
+        r"""Raises a ``ValueError`` unless the networks can make such latents of such images."""
         if self.latent_groups:
             check_latent_groups(self.groups, self.image_shape)
         elif self.latent_shape:

@@ -115,7 +115,7 @@ class TermsLoss:
 
     The processes of a :func:`~pyro_vaediff.train.distributed.process_group` take the same step,
     along the sum of their gradients. Modules register their parameters in one step of a hundred:
-    the optimizer has them already, and complains of one that it lacks.
+    the optimizer has them already, and complains about one that it lacks.
 
     Arguments:
         elbo: The estimator.
@@ -167,7 +167,7 @@ def make_svi(
 
 
 def parameter_groups(vae: VAE, config: TrainConfig) -> list[dict[str, Any]]:
-    r"""Returns the parameters in groups of a learning rate and a weight decay each.
+    r"""Returns the parameters in groups, each with a learning rate and a weight decay.
 
     Arguments:
         vae: The VAE.

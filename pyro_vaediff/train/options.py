@@ -50,7 +50,7 @@ def option(
         check: A function of its name and value that raises a ``ValueError``. ``None`` is let
             through if the annotation has it.
         metavar: The name of its value in the help.
-        of: Who has a use for it: the values of other options, such as ``{"prior": ("flow",)}``.
+        of: The values of other options that have a use for it, such as ``{"prior": ("flow",)}``.
     """
     metadata = {"help": help, "check": check, "metavar": metavar, "of": of or {}}
     return dataclasses.field(default=default, metadata=metadata)
@@ -111,7 +111,7 @@ def check_use(config: type, given: Mapping[str, Any], chosen: Mapping[str, Any])
     Arguments:
         config: The dataclass.
         given: The options that were given.
-        chosen: What others are, such as ``{"prior": "flow"}``.
+        chosen: The values of other options, such as ``{"prior": "flow"}``.
     """
     for field in dataclasses.fields(config):
         if field.name not in given or given[field.name] == field.default:

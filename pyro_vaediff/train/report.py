@@ -54,7 +54,8 @@ def report(
 ) -> list[str]:
     r"""Evaluates a trained VAE on test data and writes results, tables and pictures.
 
-    What a model has no closed form, mean or pixel space for is left out, and the results say so.
+    Whatever needs a closed form, a mean or a pixel space that the model lacks is left out, and the
+    results say so.
     The numbers are written before any picture is drawn.
 
     Arguments:
@@ -168,7 +169,7 @@ def use_of_latents(
 
 
 def by_group(terms: dict[str, float]) -> dict[str, float]:
-    r"""Returns terms in which those of a group of latents are one, its KL."""
+    r"""Returns terms in which those of each group of latents are merged into its KL."""
     kls = {group: kl for group, kl in kl_by_group(terms).items() if group}
     rest = {name: value for name, value in terms.items() if not group_of(name)}
     return rest | {f"KL of {group}": kl for group, kl in kls.items()}

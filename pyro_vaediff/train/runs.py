@@ -44,7 +44,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         path: The path of the file.
         state: The contents.
     """
-    # torch's writer makes other errors of a full disk.
+    # torch's writer raises other errors for a full disk.
     content = io.BytesIO()
     torch.save({"format": FORMAT} | state, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
@@ -103,7 +103,7 @@ def load_weights(path: str | Path, vae: VAE) -> VAE:
         vae: A VAE with the same networks, whose weights are replaced.
 
     Raises:
-        ValueError: If the networks are others.
+        ValueError: If the networks differ.
     """
     state = load_run(path)
     try:
@@ -115,7 +115,7 @@ def load_weights(path: str | Path, vae: VAE) -> VAE:
 
 
 def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, ModelConfig]:
-    r"""Returns a trained VAE that was made from a configuration, in eval mode, and that.
+    r"""Returns a trained VAE in eval mode, and the configuration that it was made from.
 
     Arguments:
         path: A run directory, whose best model is loaded, or a checkpoint in one.

@@ -79,7 +79,7 @@ class SavedRun:
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def count_epochs(self) -> int:
-        r"""Returns the number of epochs, after a look at whether there is something to train."""
+        r"""Returns the number of epochs, after a check that there is something to train."""
         config, total = self.config, self.config.epochs
         if any(True for _ in self.vae.prior.parameters()):
             total += config.prior_epochs
@@ -118,7 +118,7 @@ class SavedRun:
         )
 
     def is_late(self, seconds: float) -> bool:
-        r"""Returns ``True`` if the seconds are over, by the clock of the main process."""
+        r"""Returns ``True`` if the seconds exceed the budget, by those of the main process."""
         if self.config.max_seconds is None:
             return False
         late = torch.tensor(float(seconds >= self.config.max_seconds))
@@ -282,7 +282,7 @@ class SavedRun:
         distributed.broadcast_(tensors)
 
     def whereabouts(self) -> str:
-        r"""Returns where the last good checkpoint is, for a message."""
+        r"""Returns the place of the last good checkpoint, for a message."""
         if self.out is None or not self.history:
             return "; no checkpoint was written yet"
         return f"; the last good checkpoint is {self.out / CHECKPOINT} (epoch {len(self.history)})"

@@ -70,10 +70,10 @@ def fitting_weights(vae: VAE, saved: Mapping[str, Tensor], path: str | Path) -> 
 
 
 def is_settled(losses: Sequence[float]) -> bool:
-    r"""Returns whether an encoder has settled, by the losses of its epochs with N(0, I).
+    r"""Returns ``True`` if an encoder has settled, by the losses of its epochs with N(0, I).
 
-    It has once the later half of the epochs brought less than a tenth of what all of them did,
-    whatever the unit of the loss, and however many epochs there will be.
+    It has settled once the later half of the epochs gained less than a tenth of what all of them
+    did, whatever the unit of the loss, and however many epochs there will be.
 
     Arguments:
         losses: The training losses by epoch, in nats per datum.
@@ -90,7 +90,7 @@ def is_settled(losses: Sequence[float]) -> bool:
 
 
 def stands_in(epochs: int | str, losses: Sequence[float]) -> bool:
-    r"""Returns whether N(0, I) stands in for the prior in the next epoch.
+    r"""Returns ``True`` if N(0, I) stands in for the prior in the next epoch.
 
     Arguments:
         epochs: The number of such epochs, or ``"auto"`` until the encoder :func:`is_settled`.
