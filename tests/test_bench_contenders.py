@@ -10,16 +10,15 @@ import pytest
 import torch
 from errors import one_line_value_error
 from estimators.contenders import (
-    ControlVariate_ELBO,
     GradientAware,
-    Hybrid_ELBO,
     Orthogonal,
     Orthogonal_ELBO,
-    Regressed_ELBO,
     Shared,
     Shared_ELBO,
     SobolPerDatum_ELBO,
 )
+from estimators.corrections import ControlVariate_ELBO, Hybrid_ELBO, Regressed_ELBO, Taylor_ELBO
+from estimators.per_datum import PerDatum_ELBO
 from pyro import poutine
 from scipy import stats
 from torch import nn
@@ -36,6 +35,17 @@ def gradient_aware(timesteps="ignored", **options):
     return Timestep_ELBO(GradientAware(), **options)
 
 
+def taylor(*args, **options):
+    r"""With a coefficient as if it had learned, and without antithetic pairs."""
+    elbo = Taylor_ELBO(*args, **options | {"antithetic": False})
+    elbo.products = (0.8, 1.0)
+    return elbo
+
+
+def per_datum(timesteps="ignored", **options):
+    return PerDatum_ELBO("importance", **options)
+
+
 CONTENDERS = {
     "hybrid": Hybrid_ELBO,
     "control variate": ControlVariate_ELBO,
@@ -43,6 +53,8 @@ CONTENDERS = {
     "shared": Shared_ELBO,
     "sobol": SobolPerDatum_ELBO,
     "gradient-aware": gradient_aware,
+    "taylor": taylor,
+    "per datum": per_datum,
 }
 
 
@@ -101,14 +113,19 @@ def test_contenders_with_particles(x, name, vectorize):
     assert_matches_oracle(elbo, vae, x)
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "shared", "gradient-aware"])
+GIVEN_X = ("orthogonal", "shared", "gradient-aware", "per datum")
+
+
+@pytest.mark.parametrize("name", GIVEN_X)
 def test_contenders_given_x(x, name):
     vae = linear_gaussian_vae(4).to(x.device)
     assert_matches_oracle(CONTENDERS[name]("uniform", k=3, conditioning="x"), vae, x, target=0.05)
 
 
 @pytest.mark.parametrize("options", [{"conditioning": "x"}, {"timesteps": "all"}], ids=str)
-@pytest.mark.parametrize("Contender", [Hybrid_ELBO, ControlVariate_ELBO, Regressed_ELBO])
+@pytest.mark.parametrize(
+    "Contender", [Hybrid_ELBO, ControlVariate_ELBO, Regressed_ELBO, Taylor_ELBO]
+)
 def test_what_corrections_are_not_made_for(Contender, options):
     with one_line_value_error(f"{Contender.__name__} needs conditioning='z_0'"):
         Contender(**options)
