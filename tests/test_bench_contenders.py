@@ -8,17 +8,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from contenders import CONTENDERS, GIVEN_X
 from errors import one_line_value_error
 from estimators.contenders import (
     GradientAware,
     Orthogonal,
     Orthogonal_ELBO,
     Shared,
-    Shared_ELBO,
-    SobolPerDatum_ELBO,
 )
 from estimators.corrections import ControlVariate_ELBO, Hybrid_ELBO, Regressed_ELBO, Taylor_ELBO
-from estimators.per_datum import PerDatum_ELBO
 from pyro import poutine
 from scipy import stats
 from torch import nn
@@ -29,33 +27,6 @@ from pyro_vaediff.infer import Timesteps, UniformTimesteps, typical_kl
 from pyro_vaediff.testing import LinearGaussian, linear_gaussian_vae
 
 SINGLE = {"low_discrepancy": False, "antithetic": False}
-
-
-def gradient_aware(timesteps="ignored", **options):
-    return Timestep_ELBO(GradientAware(), **options)
-
-
-def taylor(*args, **options):
-    r"""With a coefficient as if it had learned, and without antithetic pairs."""
-    elbo = Taylor_ELBO(*args, **options | {"antithetic": False})
-    elbo.products = (0.8, 1.0)
-    return elbo
-
-
-def per_datum(timesteps="ignored", **options):
-    return PerDatum_ELBO("importance", **options)
-
-
-CONTENDERS = {
-    "hybrid": Hybrid_ELBO,
-    "control variate": ControlVariate_ELBO,
-    "orthogonal": Orthogonal_ELBO,
-    "shared": Shared_ELBO,
-    "sobol": SobolPerDatum_ELBO,
-    "gradient-aware": gradient_aware,
-    "taylor": taylor,
-    "per datum": per_datum,
-}
 
 
 @pytest.fixture
@@ -111,9 +82,6 @@ def test_contenders_with_particles(x, name, vectorize):
     vae = linear_gaussian_vae(3).to(x.device)
     elbo = CONTENDERS[name](num_particles=3, k=2, vectorize_particles=vectorize)
     assert_matches_oracle(elbo, vae, x)
-
-
-GIVEN_X = ("orthogonal", "shared", "gradient-aware", "per datum")
 
 
 @pytest.mark.parametrize("name", GIVEN_X)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contenders import CONTENDERS, GIVEN_X
 from errors import one_line_value_error
 from estimators.counterexamples import mean_field_bias
 from estimators.score import ScoreFunction_ELBO, VarGrad_ELBO
 from hierarchies import linear_hierarchy
-from test_bench_contenders import CONTENDERS, GIVEN_X
 from unbiased import assert_matches_oracle, assert_unbiased, draws, exact_values
 
 from pyro_vaediff.bench import count_evaluations, diffusion_priors

@@ -135,6 +135,9 @@ def measure_all(
         errors = measure_errors(entries, last, batches[0], references[0], args)
         bar.set_description("noise by timestep")
         by_timestep = measure_noise_by_timestep(last, batches[0, : args.noise_data], args)
+    if not by_timestep:
+        why = "it is that of a single diffusion prior, with three timesteps or more"
+        reasons["the gradient noise by timestep"] = why
     return {
         "moments": found,
         "left_out": reasons,

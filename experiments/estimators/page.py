@@ -88,7 +88,7 @@ def write_report(
         reasons = (
             f"- {name.replace('|', 'given')}: {why}" for name, why in measured["left_out"].items()
         )
-        paragraphs += ["## Left out", "Estimators that are not for this model, and why:"]
+        paragraphs += ["## Left out", "Not for this model are"]
         paragraphs.append("\n".join(reasons))
     text = "\n\n".join(paragraphs) + "\n"
     write_atomically(out / "estimators.md", lambda file: file.write(text.encode()))
