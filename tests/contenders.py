@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from estimators.contenders import GradientAware, Orthogonal_ELBO, Shared_ELBO, SobolPerDatum_ELBO
-from estimators.corrections import ControlVariate_ELBO, Hybrid_ELBO, Taylor_ELBO
+from estimators.corrections import ControlVariate_ELBO, Hybrid_ELBO, Regressed_ELBO, Taylor_ELBO
 from estimators.per_datum import PerDatum_ELBO
 
 from pyro_vaediff import Timestep_ELBO
@@ -13,6 +13,13 @@ from pyro_vaediff import Timestep_ELBO
 
 def gradient_aware(timesteps="ignored", **options):
     return Timestep_ELBO(GradientAware(), **options)
+
+
+def regressed(*args, **options):
+    r"""With a coefficient as if it had learned."""
+    elbo = Regressed_ELBO(*args, **options)
+    elbo.products = (0.8, 1.0)
+    return elbo
 
 
 def taylor(*args, **options):
@@ -29,6 +36,7 @@ def per_datum(timesteps="ignored", **options):
 CONTENDERS: dict[str, Any] = {
     "hybrid": Hybrid_ELBO,
     "control variate": ControlVariate_ELBO,
+    "regressed": regressed,
     "orthogonal": Orthogonal_ELBO,
     "shared": Shared_ELBO,
     "sobol": SobolPerDatum_ELBO,

@@ -665,9 +665,7 @@ def test_proposals_that_learn_have_learned_before_they_are_measured(bench):
         made[-1].before = None
         return made[-1]
 
-    learned = [
-        name for name, entry in ENTRIES.items() if re.search("loss-|gradient-|Regressed", name)
-    ]
+    learned = [n for n in ENTRIES if re.search("loss-|gradient-|Regressed|Taylor", n)]
     assert learned and all(ENTRIES[name].warmup > 0 for name in learned)
     assert all((ENTRIES[name].warmup > 0) == (name in learned) for name in ENTRIES)
     entry = dataclasses.replace(ENTRIES["loss-aware k=8 | z_0"], make=make)

@@ -102,9 +102,9 @@ def test_what_corrections_are_not_made_for(Contender, options):
 # --- A coefficient that is learned from earlier draws ---------------------------------------------
 
 
-def learned(vae, x, evaluations=60, **options):
+def learned(vae, x, evaluations=60, make=Regressed_ELBO, **options):
     r"""Returns a control variate that has learned, from data of its own draws."""
-    elbo = Regressed_ELBO("uniform", **options)
+    elbo = make("uniform", **options)
     for _ in range(evaluations):
         elbo.loss_and_grads(vae.model, vae.guide, x.repeat(20, 1))
     vae.zero_grad()
@@ -113,9 +113,10 @@ def learned(vae, x, evaluations=60, **options):
 
 @pytest.mark.parametrize("options", [SINGLE, {}], ids=["iid", "default"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_learned_coefficient_is_unbiased(x, k, options):
+@pytest.mark.parametrize("make", [Regressed_ELBO, Taylor_ELBO])
+def test_a_learned_coefficient_is_unbiased(x, make, k, options):
     vae = linear_gaussian_vae(4).to(x.device)
-    elbo = learned(vae, x, k=k, **options)
+    elbo = learned(vae, x, make=make, k=k, **options)
     gh, hh = elbo.products
     assert abs(gh / hh) > 0.02
     assert_matches_oracle(elbo, vae, x, target=0.05)

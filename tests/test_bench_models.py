@@ -12,6 +12,7 @@ from hierarchies import linear_hierarchy
 from unbiased import assert_matches_oracle, assert_unbiased, draws, exact_values
 
 from pyro_vaediff.bench import count_evaluations, diffusion_priors
+from pyro_vaediff.bench.reference import ANTITHETIC_PAIRS
 from pyro_vaediff.infer import Timestep_ELBO
 from pyro_vaediff.priors import GaussianPrior
 from pyro_vaediff.testing import Oracle, exact_elbo, linear_gaussian_vae
@@ -75,6 +76,16 @@ def test_contenders_of_hierarchies(x, name, kind):
 def test_contenders_of_hierarchies_given_x(x, name):
     vae = linear_hierarchy("every").to(x.device)
     elbo = CONTENDERS[name]("importance", k=3, conditioning="x")
+    exact = exact_values(vae, -exact_elbo(vae.model, vae.guide, x))
+    assert_unbiased(draws(elbo, vae, x), exact, target=0.05)
+
+
+@pytest.mark.parametrize("name", ["all", "per datum", "control variate"])
+def test_pairs_of_particles_of_hierarchies(x, name):
+    r"""The reference of the bench, and two that look at all particles' latents."""
+    vae = linear_hierarchy("every").to(x.device)
+    make = {"all": Timestep_ELBO, **CONTENDERS}[name]
+    elbo = make("all" if name == "all" else "importance", **ANTITHETIC_PAIRS)
     exact = exact_values(vae, -exact_elbo(vae.model, vae.guide, x))
     assert_unbiased(draws(elbo, vae, x), exact, target=0.05)
 
