@@ -3,11 +3,12 @@ r"""Compares estimators of the ELBO on one model: bias, variance and cost.
     python experiments/compare_estimators.py --checkpoint runs/digits-diffusion-s0
     python experiments/compare_estimators.py --oracle
 
-The model is that of a run of ``run.py`` with a diffusion prior, at every epoch that ``--snapshots``
-of ``run.py`` has kept and at its best one; or with ``--oracle`` a linear-Gaussian VAE, whose ELBO
-and gradient have a closed form, before, while and after it is fitted to data. All estimators see
-the same minibatch. Those that unroll the whole chain, which takes seconds at T = 1000, are on the
-bench at the last moment only. Measured are
+The model is that of a run of ``run.py`` with a diffusion prior, also on latents that are images or
+in a hierarchy, at every epoch that ``--snapshots`` of ``run.py`` has kept and at its best one; or
+with ``--oracle`` a linear-Gaussian VAE, whose ELBO and gradient have a closed form, before, while
+and after it is fitted to data. All estimators see the same minibatches. Those that unroll the whole
+chain, which takes seconds at T = 1000, are on the bench at the last moment only. Those that are not
+legal for the model are left out, and the page says why. Measured are
 
     bias        against the closed form, or the mean over all timesteps and many particles, with a
                 95 % confidence interval; for the counter-examples, beside the predicted one
@@ -20,11 +21,21 @@ bench at the last moment only. Measured are
                 given z_0, which is the paper's choice, as a multiple of the estimator's. Larger is
                 better.
 
+Numbers are means over ``--minibatches``, with ``--draws`` on each. An error is that of the spread
+over minibatches, or that of the draws if it is larger.
+
+Variances may be measured on a busy machine, times only on an idle one. With ``--no-time`` no step
+is timed; with ``--only-time`` nothing else is done. Either may come first, with one ``--out``:
+the page then has the times, and says on what they were measured.
+
 For a model of your own, and in a few lines, see ``pyro_vaediff.bench.compare``.
 
 The folder ``--out`` then holds
 
     estimators.csv              everything, a row per estimator and moment of training
+    measured.json               what is behind the page beside times
+    times.csv                   the times of a step
+    settings.json               what was measured, which is the same for all of these files
     estimators.md               the page to read, with the command, the seed and the machine
     pareto-MODULE.png           variance against cost, at the last moment
     convergence.png, .csv       error of the value against the number of samples
@@ -37,38 +48,28 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import math
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
 from common import exit_on_error, parse_device, provenance
-from estimators import BASELINE, write_page, write_pictures
-from estimators.measure import choose, measure_errors, measure_noise_by_timestep
+from estimators import write_report
+from estimators.measure import choose, measure_all, split_refused
+from study import check_settings
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_vaediff.arguments import check_seed, folder
-from pyro_vaediff.bench import (
-    add_merits,
-    exact_reference,
-    exhaustive_reference,
-    measure,
-    measure_costs,
-    minibatch_noise,
-)
+from pyro_vaediff.bench import diffusion_priors, measure_costs
 from pyro_vaediff.evaluate import preprocess
-from pyro_vaediff.files import check_folder, write_csv
-from pyro_vaediff.priors import DiffusionPrior
+from pyro_vaediff.files import check_folder, read_json, write_csv, write_json
 from pyro_vaediff.testing import Oracle, linear_gaussian_vae
 from pyro_vaediff.train.runs import BEST, load_checkpoint, load_data, load_vae
 from pyro_vaediff.vae import VAE
-
-# The estimators whose errors are plotted against the number of samples.
 
 
 def moments_of(run: Path, device: torch.device) -> dict[str, VAE]:
@@ -89,28 +90,27 @@ def load_run(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
     r"""Returns the models of a run, and minibatches of its data, one per row."""
     moments = moments_of(args.checkpoint, args.device)
     vae = list(moments.values())[-1]
-    if not isinstance(vae.prior, DiffusionPrior):
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} must have a diffusion prior, got "
-            f"{type(vae.prior).__name__}: the others have no timesteps to choose"
-        )
+    try:
+        diffusion_priors(vae)
+    except ValueError as error:
+        raise ValueError(f"--checkpoint {args.checkpoint}: {error}") from error
     data = load_data(args.checkpoint, args.root, not args.no_download, args.groups)
-    count = args.batch_size * args.minibatches
+    count = args.batch_size * args.num_batches
     if len(data.train) < count:
         raise ValueError(
-            f"--batch-size {args.batch_size} times --minibatches {args.minibatches} must be at "
-            f"most the {len(data.train)} training images"
+            f"--batch-size {args.batch_size} times {args.num_batches} must be at most the "
+            f"{len(data.train)} training images: --minibatches or --noise-minibatches is that many"
         )
     chosen = torch.randperm(len(data.train))[:count]
     x = preprocess(vae, data.train[chosen])
-    return moments, x.unflatten(0, (args.minibatches, args.batch_size))
+    return moments, x.unflatten(0, (args.num_batches, args.batch_size))
 
 
 def load_oracle(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
     r"""Returns the linear-Gaussian VAE while it is fitted, and minibatches of its first data."""
     vae = linear_gaussian_vae(args.num_timesteps, seed=args.seed).to(args.device)
     with torch.no_grad():
-        x = vae.model(num_samples=args.batch_size * args.minibatches)
+        x = vae.model(num_samples=args.batch_size * args.num_batches)
     adam, moments = torch.optim.Adam(vae.parameters(), lr=0.02), {}
     for step in range(401):
         if step in (0, 40, 400):
@@ -119,7 +119,7 @@ def load_oracle(args: argparse.Namespace) -> tuple[dict[str, VAE], Tensor]:
         Oracle(vae, x).negative_elbo.mean().backward()
         adam.step()
     vae.zero_grad()
-    return moments, x.unflatten(0, (args.minibatches, args.batch_size))
+    return moments, x.unflatten(0, (args.num_batches, args.batch_size))
 
 
 # The script ---------------------------------------------------------------------------------------
@@ -138,18 +138,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="*", default=(), metavar="TEXT", help="estimators with this in their name"
     )
-    parser.add_argument("--draws", type=int, help="evaluations per estimator (100; oracle 150)")
+    parser.add_argument(
+        "--draws", type=int, help="evaluations per estimator and minibatch (100; oracle 150)"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
-        help="fewer draws of an estimator if they take longer, but 4 at least (60)",
+        help="fewer draws of an estimator of all timesteps if they take longer, 4 at least (60)",
     )
     parser.add_argument("--batch-size", type=int, help="(100; oracle 20)")
-    parser.add_argument("--minibatches", type=int, default=12, help="(%(default)s)")
+    parser.add_argument("--minibatches", type=int, help="to be averaged over (3; oracle 3)")
+    parser.add_argument("--noise-minibatches", type=int, help="for the minibatch's own noise (12)")
     parser.add_argument(
         "--num-timesteps", type=int, default=8, help="T of the oracle (%(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=7, help="timed steps (%(default)s)")
+    timing = parser.add_mutually_exclusive_group()
+    timing.add_argument("--no-time", action="store_true", help="time no steps, on a busy machine")
+    timing.add_argument("--only-time", action="store_true", help="do nothing but to time steps")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", type=parse_device, default="cpu", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few draws of small batches")
@@ -164,6 +170,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "draws": 8 if quick else 150 if oracle else 100,
         "seconds": 0.2 if quick else 60.0,
         "batch_size": 4 if quick else 20 if oracle else 100,
+        "minibatches": 2 if quick else 3,
+        "noise_minibatches": 3 if quick else 12,
     }
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -171,18 +179,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.values = 16 if quick else 2048 if oracle else 512
     args.min_draws = 2 if quick else 4
     args.points, args.noise_draws, args.noise_data = (4, 1, 2) if quick else (20, 2, 20)
-    if quick:
-        args.minibatches, args.repeats = min(args.minibatches, 3), 1
-    for name, least in (("draws", 4), ("batch_size", 1), ("minibatches", 2), ("repeats", 1)):
-        if getattr(args, name) < least:
+    args.repeats = 1 if quick else args.repeats
+    least = {"draws": 4, "batch_size": 1, "minibatches": 1, "noise_minibatches": 2, "repeats": 1}
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
             option = name.replace("_", "-")
-            parser.error(f"--{option} must be at least {least}, got {getattr(args, name)}")
+            parser.error(f"--{option} must be at least {bound}, got {getattr(args, name)}")
     if not 0 < args.seconds < math.inf:
         parser.error(f"--seconds must be positive and finite, got {args.seconds}")
+    args.num_batches = max(args.minibatches, args.noise_minibatches)
     name = "oracle" if oracle else args.checkpoint.resolve().name
     args.out = args.out or Path("runs") / f"estimators-{name}"
     args.title = args.title or name
     return args
+
+
+def read_times(path: Path) -> tuple[dict[str, dict[str, float]], str]:
+    r"""Returns the times by estimator, and the machine; nothing if they were not measured."""
+    if not path.exists():
+        return {}, ""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    times = {
+        row["estimator"]: {key: float(row[key]) for key in ("ms", "ms_se") if row.get(key)}
+        for row in rows
+    }
+    return times, rows[0]["machine"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -193,59 +215,39 @@ def main(argv: list[str] | None = None) -> None:
     torch.distributions.Distribution.set_default_validate_args(False)
     warnings.filterwarnings("ignore", "Failed to verify mean field restriction")
     torch.manual_seed(args.seed)
-    entries = choose(args.only)
-    moments, minibatches = (load_oracle if args.oracle else load_run)(args)
-    x = minibatches[0]
+    entries, machine = choose(args.only), provenance(args.device)
+    moments, x = (load_oracle if args.oracle else load_run)(args)
+    settings = {
+        "model": "oracle" if args.oracle else str(args.checkpoint),
+        "batch_size": args.batch_size,
+        "num_timesteps": args.num_timesteps if args.oracle else None,
+        "device": args.device.type,
+    }
+    check_settings(args.out / "settings.json", settings)
 
-    last = list(moments.values())[-1]
-    records: dict[str, list[dict[str, Any]]] = {}
-    noises, references = {}, {}
-    bar = tqdm(total=len(moments) * len(entries), unit="estimator", disable=args.quiet)
-    with bar:
-        for moment, vae in moments.items():
-            torch.manual_seed(args.seed)
-            bar.set_description(f"{moment}: reference")
-            if args.oracle:
-                reference = exact_reference(vae, x)
-            else:
-                reference = exhaustive_reference(vae, x, draws=4)
-            references[moment], records[moment] = reference, []
-            for entry in entries:
-                bar.update()
-                if entry.unrolled and vae is not last:
-                    continue
-                bar.set_description(f"{moment}: {entry.name}")
-                record, _ = measure(
-                    entry, vae, x, reference, args.draws, args.seconds, args.min_draws, args.seed
-                )
-                records[moment].append({"moment": moment} | record)
-            noises[moment] = minibatch_noise(vae, minibatches.unbind())
-        bar.set_description("cost")
-        costs = measure_costs(entries, last, x, args.repeats)
-        bar.set_description("convergence")
-        errors = measure_errors(entries, last, x, reference, args)
-        bar.set_description("noise by timestep")
-        by_timestep = measure_noise_by_timestep(last, x[: args.noise_data], args)
-
-    for rows in records.values():
-        for row in rows:
-            row |= costs[row["estimator"]]
-        add_merits(rows, BASELINE)
-    every = [
-        {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()}
-        for rows in records.values()
-        for row in rows
-    ]
-    write_csv(args.out / "estimators.csv", every)
-    floor = list(references.values())[-1].value_se
-    pictures = write_pictures(args.out, list(records.values())[-1], errors, floor, by_timestep)
-    caption = (
-        f"`{shlex.join(['python', 'experiments/compare_estimators.py', *args.argv])}`: batches of "
-        f"{args.batch_size}, up to {args.draws} draws, seed {args.seed}, on "
-        f"{provenance(args.device)}."
-    )
-    text = write_page(args.out, args.title, caption, records, noises, references, pictures)
-    print(f"\n{text}")
+    measured = args.out / "measured.json"
+    if not args.only_time:
+        cut = f"; where all timesteps are evaluated, as many as take {args.seconds:g} s"
+        caption = (
+            f"`{shlex.join(['python', 'experiments/compare_estimators.py', *args.argv])}`: "
+            f"{args.minibatches} minibatches of {args.batch_size}, {args.draws} draws each{cut}; "
+            f"seed {args.seed}, on {machine}."
+        )
+        found = measure_all(entries, moments, x, args)
+        write_json(measured, {"title": args.title, "caption": caption} | found)
+    if not args.no_time:
+        vae = list(moments.values())[-1]
+        kept, _ = split_refused(entries, vae, x[0, :2])
+        costs = measure_costs(kept, vae, x[0], args.repeats)
+        keys = ("ms", "ms_se")
+        rows = [
+            {"estimator": name, **{k: c[k] for k in keys if k in c}, "machine": machine}
+            for name, c in costs.items()
+        ]
+        write_csv(args.out / "times.csv", rows)
+    if measured.exists():
+        text = write_report(args.out, read_json(measured), *read_times(args.out / "times.csv"))
+        print(f"\n{text}")
     print(f"written to {args.out}")
 
 

@@ -665,9 +665,7 @@ def test_proposals_that_learn_have_learned_before_they_are_measured(bench):
         made[-1].before = None
         return made[-1]
 
-    learned = [
-        name for name, entry in ENTRIES.items() if re.search("loss-|gradient-|Regressed", name)
-    ]
+    learned = [n for n in ENTRIES if re.search("loss-|gradient-|Regressed|Taylor", n)]
     assert learned and all(ENTRIES[name].warmup > 0 for name in learned)
     assert all((ENTRIES[name].warmup > 0) == (name in learned) for name in ENTRIES)
     entry = dataclasses.replace(ENTRIES["loss-aware k=8 | z_0"], make=make)
@@ -893,7 +891,7 @@ def test_rms_error_by_hand():
 def record(name, variance=1.0, ms=1.0, **others):
     values = {f"{m}_variance": variance * (i + 1) for i, m in enumerate(MODULES)}
     values |= {f"{m}_snr": 0.5 for m in MODULES} | {"ms": ms, "estimator": name}
-    values |= {"bias": 0.0, "bias_se": 0.1, "sd": 2.0}
+    values |= {"bias": 0.0, "bias_se": 0.1, "sd": 2.0, "draws": 100}
     values |= {"predicted_bias": 0.0, "predicted_bias_se": 0.0}
     return values | {"denoiser_evaluations": 9.0, "megabytes": 12.34} | others
 
@@ -983,17 +981,17 @@ def test_markdown_table():
     add_merits(records, BASELINE)
     lines = markdown_table(records, dict.fromkeys(MODULES, 0.25))
     rows = [cells(line) for line in lines]
-    assert {len(row) for row in rows} == {15} and len(rows) == 2 + 3 + 1
+    assert {len(row) for row in rows} == {16} and len(rows) == 2 + 3 + 1
     assert set(rows[1]) == {"---"}
-    assert rows[0][:4] == ["estimator", "bias (nats)", "sd", "gradient variance: prior"]
+    assert rows[0][:5] == ["estimator", "draws", "bias (nats)", "sd", "gradient variance: prior"]
     # Columns are in the order prior, encoder, decoder; the records' variances are not.
     assert rows[2] == [
-        "uniform k=1 given z_0", "+0.00 ± 0.20", "2.0",
+        "uniform k=1 given z_0", "100", "+0.00 ± 0.20", "2.0",
         *("3.0", "1.0", "2.0"), *("0.50", "0.50", "0.50"), *("9", "1.0", "12"),
         *("1.0 ± 0", "1.0 ± 0", "1.0 ± 0"),
     ]  # fmt: skip
     assert rows[3][0].startswith("biased") and rows[3][0].endswith("why)")
-    assert rows[3][1:2] == ["−0.50 ± 0.10 (predicted −0.47 ± 0.02)"]
-    assert rows[4][1] == "+0.00 ± 0.20" and rows[4][4] == "1234" and rows[4][6] == "0"
-    assert rows[5] == ["*the minibatch's own noise*", "", "", *["0.25"] * 3, *[""] * 9]
+    assert rows[3][2:3] == ["−0.50 ± 0.10 (predicted −0.47 ± 0.02)"]
+    assert rows[4][2] == "+0.00 ± 0.20" and rows[4][5] == "1234" and rows[4][7] == "0"
+    assert rows[5] == ["*the minibatch's own noise*", "", "", "", *["0.25"] * 3, *[""] * 9]
     assert len(markdown_table(records)) == 2 + 3

@@ -8,18 +8,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from contenders import CONTENDERS, GIVEN_X
 from errors import one_line_value_error
 from estimators.contenders import (
-    ControlVariate_ELBO,
     GradientAware,
-    Hybrid_ELBO,
     Orthogonal,
     Orthogonal_ELBO,
-    Regressed_ELBO,
     Shared,
-    Shared_ELBO,
-    SobolPerDatum_ELBO,
 )
+from estimators.corrections import ControlVariate_ELBO, Hybrid_ELBO, Regressed_ELBO, Taylor_ELBO
 from pyro import poutine
 from scipy import stats
 from torch import nn
@@ -30,20 +27,6 @@ from pyro_vaediff.infer import Timesteps, UniformTimesteps, typical_kl
 from pyro_vaediff.testing import LinearGaussian, linear_gaussian_vae
 
 SINGLE = {"low_discrepancy": False, "antithetic": False}
-
-
-def gradient_aware(timesteps="ignored", **options):
-    return Timestep_ELBO(GradientAware(), **options)
-
-
-CONTENDERS = {
-    "hybrid": Hybrid_ELBO,
-    "control variate": ControlVariate_ELBO,
-    "orthogonal": Orthogonal_ELBO,
-    "shared": Shared_ELBO,
-    "sobol": SobolPerDatum_ELBO,
-    "gradient-aware": gradient_aware,
-}
 
 
 @pytest.fixture
@@ -101,14 +84,16 @@ def test_contenders_with_particles(x, name, vectorize):
     assert_matches_oracle(elbo, vae, x)
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "shared", "gradient-aware"])
+@pytest.mark.parametrize("name", GIVEN_X)
 def test_contenders_given_x(x, name):
     vae = linear_gaussian_vae(4).to(x.device)
     assert_matches_oracle(CONTENDERS[name]("uniform", k=3, conditioning="x"), vae, x, target=0.05)
 
 
 @pytest.mark.parametrize("options", [{"conditioning": "x"}, {"timesteps": "all"}], ids=str)
-@pytest.mark.parametrize("Contender", [Hybrid_ELBO, ControlVariate_ELBO, Regressed_ELBO])
+@pytest.mark.parametrize(
+    "Contender", [Hybrid_ELBO, ControlVariate_ELBO, Regressed_ELBO, Taylor_ELBO]
+)
 def test_what_corrections_are_not_made_for(Contender, options):
     with one_line_value_error(f"{Contender.__name__} needs conditioning='z_0'"):
         Contender(**options)
@@ -117,9 +102,9 @@ def test_what_corrections_are_not_made_for(Contender, options):
 # --- A coefficient that is learned from earlier draws ---------------------------------------------
 
 
-def learned(vae, x, evaluations=60, **options):
+def learned(vae, x, evaluations=60, make=Regressed_ELBO, **options):
     r"""Returns a control variate that has learned, from data of its own draws."""
-    elbo = Regressed_ELBO("uniform", **options)
+    elbo = make("uniform", **options)
     for _ in range(evaluations):
         elbo.loss_and_grads(vae.model, vae.guide, x.repeat(20, 1))
     vae.zero_grad()
@@ -128,9 +113,10 @@ def learned(vae, x, evaluations=60, **options):
 
 @pytest.mark.parametrize("options", [SINGLE, {}], ids=["iid", "default"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_learned_coefficient_is_unbiased(x, k, options):
+@pytest.mark.parametrize("make", [Regressed_ELBO, Taylor_ELBO])
+def test_a_learned_coefficient_is_unbiased(x, make, k, options):
     vae = linear_gaussian_vae(4).to(x.device)
-    elbo = learned(vae, x, k=k, **options)
+    elbo = learned(vae, x, make=make, k=k, **options)
     gh, hh = elbo.products
     assert abs(gh / hh) > 0.02
     assert_matches_oracle(elbo, vae, x, target=0.05)

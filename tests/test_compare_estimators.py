@@ -161,6 +161,7 @@ def test_the_tables_are_valid_and_hold_the_records(output):
             assert name == record["estimator"].replace("|", "given")
             assert why.removesuffix(")") == record["counterexample"]
             columns = dict(zip(header, row, strict=True))
+            assert columns["draws"] == record["draws"]
             for column, key in (
                 ("sd", "sd"),
                 ("gradient variance: prior", "prior_variance"),
@@ -174,7 +175,7 @@ def test_the_tables_are_valid_and_hold_the_records(output):
                     float(significant(float(record[key]))), rel=0.06
                 )
             assert ("predicted" in columns["bias (nats)"]) == (record["predicted_bias"] != "0.0")
-        assert "minibatch" in noise[0] and float(noise[3]) >= 0
+        assert "minibatch" in noise[0] and float(noise[4]) >= 0
 
 
 def test_convergence(output, script):
@@ -249,7 +250,7 @@ def test_the_oracle_says_what_is_exact(oracle_output, device):
     torch.manual_seed(0)
     vae = linear_gaussian_vae(8, seed=0).to(device)
     with torch.no_grad():
-        x = vae.model(num_samples=3 * 4)[:4]
+        x = vae.model(num_samples=3 * 4)[: 2 * 4]  # of which two minibatches are measured
     oracle = Oracle(vae, x)
     exact = [oracle.negative_elbo.mean().item(), -oracle.log_evidence.mean().item()]
     assert said[0][:2] == pytest.approx(exact, abs=0.006)
@@ -285,7 +286,8 @@ def test_the_moments_of_files(digits, script, device):
 
 
 def test_the_minibatches_are_images_of_the_run(digits, script):
-    args = ["--checkpoint", str(digits), "--batch-size", "7", "--minibatches", "5", "--no-download"]
+    args = ["--checkpoint", str(digits), "--batch-size", "7", "--noise-minibatches", "5"]
+    args += ["--no-download"]
     _, x = script.load_run(script.parse_args(args))
     assert x.shape == (5, 7, 1, 8, 8) and x.min() >= -1 and x.max() <= 1
     assert x.flatten(0, 1).flatten(1).unique(dim=0).shape[0] == 35
@@ -311,8 +313,9 @@ def test_the_optimal_proposal_is_interpolated(script, monkeypatch, device):
 
     monkeypatch.setattr(measure, "gradient_noise_by_timestep", noise)
     vae = linear_gaussian_vae(50).to(device)
+    x = torch.zeros(1, 3, dtype=torch.float64, device=device)
     args = script.parse_args(["--oracle", "--quick"])
-    rows = script.measure_noise_by_timestep(vae, None, args)
+    rows = measure.measure_noise_by_timestep(vae, x, args)
     law = torch.arange(2, 51).double() ** -1.5
     importance = ImportanceTimesteps()(vae.prior, "z_0")
     assert 3 <= len(rows) < 10
@@ -326,7 +329,7 @@ def test_the_optimal_proposal_is_interpolated(script, monkeypatch, device):
 def test_short_chains_have_few_timesteps(script, device, T, count):
     vae = linear_gaussian_vae(T).to(device)
     x = torch.randn(2, 3, dtype=torch.float64, device=device)
-    rows = script.measure_noise_by_timestep(vae, x, script.parse_args(["--oracle", "--quick"]))
+    rows = measure.measure_noise_by_timestep(vae, x, script.parse_args(["--oracle", "--quick"]))
     assert len(rows) == count
 
 
@@ -345,7 +348,9 @@ BAD_OPTIONS = {
     "--oracle --only Hybrid nonsense": "--only 'nonsense' matches none of: uniform k=1 | z_0; ",
     "--oracle --draws 1": "--draws must be at least 4, got 1",
     "--oracle --batch-size 0": "--batch-size must be at least 1, got 0",
-    "--oracle --minibatches 1": "--minibatches must be at least 2, got 1",
+    "--oracle --minibatches 0": "--minibatches must be at least 1, got 0",
+    "--oracle --noise-minibatches 1": "--noise-minibatches must be at least 2, got 1",
+    "--oracle --no-time --only-time": "not allowed with argument",
     "--oracle --repeats 0": "--repeats must be at least 1, got 0",
     "--oracle --num-timesteps 0": "num_timesteps must be a whole number >= 1, got 0",
     "--checkpoint no/such/run": "no checkpoint at no/such/run",
@@ -363,12 +368,12 @@ def test_bad_checkpoints(error_of, digits, tmp_path, device_name):
     (tmp_path / "best.pt").write_bytes((digits / "best.pt").read_bytes()[:1000])
     assert "is not a checkpoint, or is truncated" in error_of("--checkpoint", tmp_path)
     message = error_of("--checkpoint", digits, "--batch-size", 1000, "--minibatches", 3)
-    assert "--batch-size 1000 times --minibatches 3 must be at most the 1" in message
+    assert "--batch-size 1000 times 12 must be at most the 1" in message
     tiny = ["--limit", 20, "--epochs", 1, "--width", 4, "--latent-dim", 2, "--features", "none"]
     run = tmp_path / "gaussian"
     call("run.py", "--prior", "gaussian", *tiny, "--out", run, "--device", device_name)
     message = error_of("--checkpoint", run)
-    assert f"--checkpoint {run} must have a diffusion prior, got GaussianPrior" in message
+    assert f"--checkpoint {run}: prior must be a DiffusionPrior or hold one, got Gauss" in message
 
 
 def test_a_missing_gpu(error_of):

@@ -2,7 +2,7 @@ r"""The estimators on the bench: the entries, those that did not win, and their 
 
 from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
 from .entries import BASELINE, ENTRIES, SERIOUS
-from .page import write_page, write_pictures
+from .page import write_report
 from .plots import plot_training
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "log_mean_exp_bias",
     "mean_field_bias",
     "plot_training",
-    "write_page",
-    "write_pictures",
+    "write_report",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vaediff.diffusion import gaussian_moments
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.sampling.samplers import check_diffusion
+from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.schedules import at_time
 from pyro_vaediff.vae import VAE
 
@@ -97,12 +97,17 @@ def mean_field_bias(
         The bias of the loss in nats per datum, one value per draw.
 
     Raises:
-        ValueError: If the reverse variance is learned.
+        ValueError: If the reverse variance is learned, or the prior is a hierarchy.
     """
-    prior = check_diffusion(vae.prior)
+    prior = vae.prior
+    if not isinstance(prior, DiffusionPrior) or prior.schedule.learned:
+        raise ValueError(
+            "the bias is predicted for a single diffusion prior with a fixed schedule, got a "
+            f"{type(prior).__name__}"
+        )
     if not prior.denoiser.variance.fixed:
         raise ValueError("the bias is known for a fixed reverse variance, got a learned one")
-    schedule, kernel = prior.schedule, prior.denoiser.kernel
+    schedule, kernel, n = prior.schedule, prior.denoiser.kernel, prior.event_dim
     m, s2 = gaussian_moments(vae.encoder(x))
     last = {"forward": prior.num_timesteps, "posterior": 1, "reversed": 0}[order]
 
@@ -115,12 +120,12 @@ def mean_field_bias(
 
     def covariance(mean: Tensor, deviation: Tensor, t: Tensor) -> float:
         # What mu has in common for both signs of the deviation is noise without it.
-        step = noise(at_time(betas, t), len(t))
+        step = noise(at_time(betas, t, n), len(t))
         up, down = (
-            prior.reverse(at_time(alphas, t).sqrt() * (mean + z) + step, t).mean
+            prior.reverse(at_time(alphas, t, n).sqrt() * (mean + z) + step, t).mean
             for z in (deviation, -deviation)
         )
-        products = deviation * (up - down) / (2 * at_time(kernel.sigmas, t).square())
+        products = deviation * (up - down) / (2 * at_time(kernel.sigmas, t, n).square())
         return products.sum().item() / len(x)
 
     def draw() -> float:
@@ -130,10 +135,10 @@ def mean_field_bias(
         for t in torch.arange(2, last + 1, device=x.device).split(chunk_size):
             t = t.unsqueeze(-1)
             # To z_{t-2}, which is z_0 at t = 2, and from there to the mean of z_{t-1}.
-            z = at_time(alphas_cumprod, t - 2).sqrt() * (m + noise(s2, len(t)))
-            z = z + noise(at_time(one_minus, t - 2), len(t))
-            mean = at_time(alphas, t - 1).sqrt() * z
-            total += covariance(mean, noise(at_time(betas, t - 1), len(t)), t)
+            z = at_time(alphas_cumprod, t - 2, n).sqrt() * (m + noise(s2, len(t)))
+            z = z + noise(at_time(one_minus, t - 2, n), len(t))
+            mean = at_time(alphas, t - 1, n).sqrt() * z
+            total += covariance(mean, noise(at_time(betas, t - 1, n), len(t)), t)
         return total
 
     return torch.tensor([draw() for _ in range(draws)])

@@ -15,16 +15,15 @@ from pyro_vaediff.infer import TraceKL_ELBO
 from pyro_vaediff.vae import VAE
 
 from .contenders import (
-    ControlVariate_ELBO,
     GradientAware,
-    Hybrid_ELBO,
     Orthogonal_ELBO,
-    Regressed_ELBO,
     Shared_ELBO,
     SobolPerBatch_ELBO,
     SobolPerDatum_ELBO,
 )
+from .corrections import ControlVariate_ELBO, Hybrid_ELBO, Regressed_ELBO, Taylor_ELBO
 from .counterexamples import NoisyIWAE, log_mean_exp_bias, mean_field_bias
+from .per_datum import PerDatum_ELBO
 from .score import ScoreFunction_ELBO, VarGrad_ELBO
 
 __all__ = ["BASELINE", "ENTRIES", "SERIOUS"]
@@ -95,11 +94,20 @@ _entries = [
         for make in (SobolPerDatum_ELBO, SobolPerBatch_ELBO)
     ),
     *(
+        timestep_entry("importance", k, given, "other ideas", PerDatum_ELBO, **LD)
+        for given in ("z_0", "x")
+        for k in (1, 8)
+    ),
+    *(
         replace(
-            timestep_entry("importance", 8, make=Regressed_ELBO, group="other ideas", **options),
+            timestep_entry("importance", 8, make=make, group="other ideas", **options),
             warmup=40,  # it learns
         )
-        for options in (LD, ANTITHETIC)
+        for make, options in (
+            (Regressed_ELBO, LD),
+            (Regressed_ELBO, ANTITHETIC),
+            (Taylor_ELBO, LD),
+        )
     ),
     # The encoder's gradient without a path.
     *(

@@ -30,6 +30,11 @@ class WithoutPath(Messenger):
             msg["value"] = msg["fn"].sample()
 
 
+def scored(term: Term) -> bool:
+    r"""Returns ``True`` for the entropy of latents that were drawn without a path."""
+    return term.role == "entropy" and term.site["infer"].get("role") == "first"
+
+
 class ScoreFunction_ELBO(Timestep_ELBO):
     r"""A :class:`Timestep_ELBO` given :math:`z_0`, with the score function's gradient.
 
@@ -59,14 +64,16 @@ class ScoreFunction_ELBO(Timestep_ELBO):
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> list[list[Term]]:
         particles = super().particles(model, guide, *args, **kwargs)
-        starts = [next(t.site for t in terms if t.role == "entropy") for terms in particles]
-        log_q = torch.stack([site["fn"].log_prob(site["value"]) for site in starts])
+        starts = [[t.site for t in terms if scored(t)] for terms in particles]
+        log_q = torch.stack(
+            [sum(site["fn"].log_prob(site["value"]) for site in start) for start in starts]
+        )
         values = [[term.value.sum_to_size(log_q[0].shape) for term in terms] for terms in particles]
         f = torch.stack([torch.stack(terms).sum(0) for terms in values]).detach()
         # It has a gradient, and the value zero.
         scores = self.center(f) * (log_q - log_q.detach())
-        for terms, score, site in zip(particles, scores, starts, strict=True):
-            terms.append(Term("score", score, "score", site))
+        for terms, score, start in zip(particles, scores, starts, strict=True):
+            terms.append(Term("score", score, "score", start[0]))
         return particles
 
     def center(self, f: Tensor) -> Tensor:

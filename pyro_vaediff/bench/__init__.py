@@ -26,7 +26,7 @@ from .harness import (
 )
 from .paired import Difference, common_random_numbers, paired_difference
 from .pareto import pareto_front, plot_pareto
-from .programs import Programs, find_programs, programs_of
+from .programs import Programs, diffusion_priors, find_programs, programs_of
 from .reference import Reference, estimated_reference, exact_reference, exhaustive_reference
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "common_random_numbers",
     "compare",
     "count_evaluations",
+    "diffusion_priors",
     "draw",
     "draw_values",
     "estimated_reference",

@@ -17,9 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..infer import Estimator
-from ..sampling.solvers import check_diffusion
 from ..vae import VAE
-from .programs import Data, Programs, arguments, num_data, own_store, programs_of
+from .programs import (
+    Data,
+    Programs,
+    arguments,
+    diffusion_priors,
+    num_data,
+    own_store,
+    programs_of,
+)
 
 __all__ = ["count_evaluations", "peak_memory", "step_times", "timings", "whole_step"]
 
@@ -28,6 +35,8 @@ __all__ = ["count_evaluations", "peak_memory", "step_times", "timings", "whole_s
 def count_evaluations(vae: VAE) -> Iterator[dict[str, int]]:
     r"""Counts how many inputs the networks of a VAE with a diffusion prior are evaluated at.
 
+    Those of several diffusion priors, in a hierarchy, add up.
+
     Arguments:
         vae: The VAE.
 
@@ -35,22 +44,22 @@ def count_evaluations(vae: VAE) -> Iterator[dict[str, int]]:
         A context, inside of which the counts of ``"encoder"``, ``"decoder"`` and ``"denoiser"``
         add up: one for each image, latent or :math:`z_t`.
     """
-    denoiser = check_diffusion(vae.prior).denoiser.backbone
-    networks = {"encoder": vae.encoder, "decoder": vae.decoder, "denoiser": denoiser}
-    latent = vae.prior.event_dim
-    dims = {"encoder": None, "decoder": latent, "denoiser": latent}
-    counts = dict.fromkeys(networks, 0)
+    networks: list[tuple[str, torch.nn.Module, int | None]]
+    networks = [("encoder", vae.encoder, None), ("decoder", vae.decoder, vae.prior.event_dim)]
+    for prior in diffusion_priors(vae):
+        networks.append(("denoiser", prior.denoiser.backbone, prior.event_dim))
+    counts = {name: 0 for name, _, _ in networks}
 
-    def hook(name: str) -> Callable:
+    def hook(name: str, event_dim: int | None) -> Callable:
         def count(module: torch.nn.Module, args: tuple) -> None:
-            shape, event_dim = args[0].shape, dims[name]
+            shape = args[0].shape
             # Data come in one batch, latents in any.
             batch = shape[:1] if event_dim is None else shape[: len(shape) - event_dim]
             counts[name] += batch.numel()
 
         return count
 
-    handles = [network.register_forward_pre_hook(hook(n)) for n, network in networks.items()]
+    handles = [net.register_forward_pre_hook(hook(n, dim)) for n, net, dim in networks]
     try:
         yield counts
     finally:

@@ -19,13 +19,20 @@ import torch
 from torch import Tensor
 
 from ..infer import Timestep_ELBO
-from ..sampling.solvers import check_diffusion
 from ..vae import VAE
 from .cost import count_evaluations, median_se, peak_memory, timings, whole_step
 from .entry import Entry
 from .gradients import Draws, draw, noise_of
 from .paired import random_seeds, reseeded
-from .programs import Data, Programs, arguments, num_data, own_store, programs_of
+from .programs import (
+    Data,
+    Programs,
+    arguments,
+    diffusion_priors,
+    num_data,
+    own_store,
+    programs_of,
+)
 from .reference import ANTITHETIC_PAIRS, Reference
 
 __all__ = [
@@ -43,18 +50,20 @@ Record = dict[str, Any]
 
 @contextmanager
 def guide_order(vae: VAE | Programs, order: str | None) -> Iterator[None]:
-    r"""A context inside of which the guide of a VAE's diffusion prior has an order."""
+    r"""A context inside of which the guides of a VAE's diffusion priors have an order."""
     if order is None:
         yield
         return
     if isinstance(vae, Programs):
         raise ValueError(f"order {order!r} is one of a VAE's guide: pass the VAE, not its programs")
-    prior = check_diffusion(vae.prior)
-    before, prior.order = prior.order, order
+    before = {prior: prior.order for prior in diffusion_priors(vae)}
+    for prior in before:
+        prior.order = order
     try:
         yield
     finally:
-        prior.order = before
+        for prior, old in before.items():
+            prior.order = old
 
 
 def training_step(entry: Entry, vae: VAE | Programs, x: Data) -> Callable[[], object]:
@@ -194,7 +203,8 @@ def measure_costs(
         vae: The VAE, which stays as it is, or any programs.
         x: The data, with shape :math:`(B, *)`, or the arguments of the programs.
         repeats: How many times each step is timed; once if it takes more than a second, and then
-            without a standard error.
+            without a standard error. With 0, there are no times: on a busy machine, they say
+            nothing.
     """
     steps: dict[bool, dict[str, Callable[[], object]]] = {False: {}, True: {}}
     costs: dict[str, Record] = {}
@@ -209,7 +219,7 @@ def measure_costs(
             costs[entry.name] = {f"{n}_evaluations": c / len(x) for n, c in counts.items()}
         costs[entry.name]["megabytes"] = peak_memory(step, device) / 1e6
         steps[first > 1e3][entry.name] = step
-    for slow, group in steps.items():
+    for slow, group in steps.items() if repeats else ():
         columns = timings(list(group.values()), 1 if slow else repeats, device)
         for name, times in zip(group, columns, strict=True):
             costs[name]["ms"] = statistics.median(times)

@@ -14,9 +14,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ..infer import Estimator
+from ..priors import DiffusionPrior
 from ..vae import VAE
 
-__all__ = ["Programs", "find_programs", "programs_of"]
+__all__ = ["Programs", "diffusion_priors", "find_programs", "programs_of"]
 
 Groups = Mapping[str, "nn.Module | Iterable[Tensor]"]
 Data = Any  # a tensor, or the tuple of the programs' arguments
@@ -49,6 +50,21 @@ def programs_of(vae: VAE | Programs) -> Programs:
     groups: dict[str, list[Tensor]]
     groups = {name: [*module.parameters()] for name, module in vae.named_children()}
     return Programs(vae.model, vae.guide, groups)
+
+
+def diffusion_priors(vae: VAE) -> list[DiffusionPrior]:
+    r"""Returns the diffusion priors of a VAE: its prior, or those of the groups of a hierarchy.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [module for module in vae.prior.modules() if isinstance(module, DiffusionPrior)]
+    if not found:
+        raise ValueError(
+            f"prior must be a DiffusionPrior or hold one, got {type(vae.prior).__name__}: the "
+            "others have no timesteps to choose"
+        )
+    return found
 
 
 def find_programs(

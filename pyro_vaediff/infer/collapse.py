@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..denoise.kernel import Kernel
-from ..diffusion import normal, q_marginal, q_noise, q_reverse, q_reverse_moments
+from ..diffusion import Start, normal, q_marginal, q_noise, q_reverse, q_reverse_moments
 from ..priors import DiffusionPrior, SiteInfer
 from ..register import register
 from ..schedules import at_time
@@ -85,7 +85,7 @@ class CollapseChain(Messenger):
         start = q_z0 if given_x else pyro.sample("z_0", q_z0, infer=prior.role(0))
         z_T = pyro.sample(f"z_{T}", q_marginal(q, start, T, n), infer=legal | prior.role(T))
         z_1 = z_T if T == 1 else nuisance("z_1", q_marginal(q, start, 1, n))
-        for chunk, t in self.timesteps(prior):
+        for chunk, t in self.timesteps(prior, start):
             time = q.between(t)[0] if prior.continuous else t
             z_t = nuisance(f"z_t{chunk}", q_marginal(q, start, time, n))
             role = prior.role(1) | SiteInfer(t=cell(t), chunk=chunk)
@@ -95,10 +95,17 @@ class CollapseChain(Messenger):
         q_0 = q_reverse(q, start, z_1, 1, event_dim=n)
         return pyro.sample("z_0", q_0, infer=legal | prior.role(0))
 
-    def timesteps(self, prior: DiffusionPrior) -> Iterator[tuple[str, Tensor]]:
+    def timesteps(
+        self, prior: DiffusionPrior, start: Start | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         r"""Yields the timesteps inside of their plate and weight, with a suffix for their sites.
 
         In continuous time, they are positions inside of the timesteps' cells.
+
+        Arguments:
+            prior: The prior.
+            start: What the KLs are given, :math:`z_0` or :math:`q(z_0 | x)`; it is known to the
+                guide, which runs first. Subclasses may choose timesteps by it.
         """
         T = prior.num_timesteps
         if T == 1:
@@ -150,7 +157,7 @@ class CollapseChain(Messenger):
         return prior.reverse(z_t, t, c)
 
     def q_reverse(
-        self, prior: DiffusionPrior, start: Tensor | dist.TorchDistribution, z_t: Tensor, t: Tensor
+        self, prior: DiffusionPrior, start: Start, z_t: Tensor, t: Tensor
     ) -> dist.TorchDistribution:
         r"""Returns :math:`q(z_s | z_t, \cdot)`, at a prior's scale that is fixed, or its limit."""
         n = prior.event_dim

@@ -81,14 +81,14 @@ class Timesteps(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:
-        last = self.first + len(self.probs) - 1
+        last = self.first + self.probs.shape[-1] - 1
         if self.continuous:
             return constraints.half_open_interval(self.first - 1, last)
         return constraints.integer_interval(self.first, last)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Timesteps:
         options = self.low_discrepancy, batch_shape, self.continuous
-        new = Timesteps(self.probs, self.first, *options, validate_args=False)
+        new = type(self)(self.probs, self.first, *options, validate_args=False)
         new._validate_args = self._validate_args  # of values; the probabilities have been validated
         return new
 
@@ -115,7 +115,7 @@ class Timesteps(dist.TorchDistribution):
         return self.probs[cell(value) - self.first].log()
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        values = torch.arange(self.first, self.first + len(self.probs), device=self.probs.device)
+        values = self.first + torch.arange(self.probs.shape[-1], device=self.probs.device)
         values = values.reshape((-1,) + (1,) * len(self.batch_shape))
         return values.expand((-1, *self.batch_shape)) if expand else values
 
