@@ -169,13 +169,26 @@ def test_an_encoder_has_settled_whatever_the_unit_of_the_loss():
 
 def test_a_gaussian_stands_in_until_then_and_not_again():
     losses = [10.0, 1.0, 0.5, 0.4]
-    assert stands_in("auto", losses[:3]) and not stands_in("auto", losses)
-    assert not stands_in("auto", [*losses, -50.0, -99.0])  # the prior has a loss of its own
-    assert [stands_in(2, losses[:n]) for n in range(4)] == [True, True, False, False]
+    long = TrainConfig(epochs=100, gaussian_epochs="auto")
+    assert stands_in(long, losses[:3], 7) and not stands_in(long, losses, 7)
+    assert not stands_in(long, [*losses, -50.0, -99.0], 7)  # the prior has a loss of its own
+    two = TrainConfig(epochs=3, gaussian_epochs=2)
+    assert [stands_in(two, losses[:n], 7) for n in range(4)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [({"epochs": 20}, 5), ({"epochs": 2}, 1), ({"epochs": 1000, "max_steps": 7 * 12}, 3)],
+    ids=str,
+)
+def test_a_gaussian_stands_in_for_no_more_than_a_quarter(options, epochs):
+    falling = [1000.0 - n for n in range(20)]  # which never settles
+    config = TrainConfig(gaussian_epochs="auto", **options)
+    assert [stands_in(config, falling[:n], 7) for n in range(9)] == [n < epochs for n in range(9)]
 
 
 def test_a_run_goes_on_with_its_prior_once_the_encoder_has_settled(make_trainer, monkeypatch):
-    trainer = make_trainer(6, gaussian_epochs="auto")
+    trainer = make_trainer(12, gaussian_epochs="auto")
     monkeypatch.setattr("pyro_vaediff.train.start.is_settled", lambda losses: len(losses) >= 2)
     before = [p.detach().clone() for p in trainer.vae.prior.parameters()]
     moved = []
@@ -186,7 +199,7 @@ def test_a_run_goes_on_with_its_prior_once_the_encoder_has_settled(make_trainer,
         )
     )
     trainer.fit(progress=False)
-    assert moved == [False, False, True, True, True, True]
+    assert moved == [False, False, *10 * [True]]
 
 
 def test_the_inverse_square_root_knows_of_no_end():

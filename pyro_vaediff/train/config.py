@@ -125,7 +125,7 @@ class TrainConfig(Checked):
     gaussian_epochs: int | str = option(
         0,
         "number of the first of these in which N(0, I) takes the place of the prior; 'auto': until "
-        "the encoder has settled",
+        "the encoder has settled, at most a quarter of them",
         whole(0, word="auto"),
         metavar="N",
     )

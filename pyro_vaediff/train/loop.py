@@ -263,7 +263,8 @@ class Trainer(SavedRun):
         self.vae.train()
         if done < self.config.epochs:
             losses = [record["train"] for record in self.history]
-            yield self.gaussian_svi if stands_in(self.config.gaussian_epochs, losses) else self.svi
+            first = stands_in(self.config, losses, self.steps_per_epoch)
+            yield self.gaussian_svi if first else self.svi
             return
         # Of the prior alone: frozen networks are in eval mode, and need no gradients.
         networks = (self.vae.encoder.eval(), self.vae.decoder.eval())

@@ -12,6 +12,7 @@ from ..evaluate import preprocess
 from ..priors import Prior
 from ..vae import VAE
 from . import distributed
+from .config import TrainConfig
 from .runs import load_run
 from .splits import Splits
 
@@ -89,13 +90,19 @@ def is_settled(losses: Sequence[float]) -> bool:
     return middle - last < 0.1 * (first - last) or last >= first
 
 
-def stands_in(epochs: int | str, losses: Sequence[float]) -> bool:
-    r"""Returns ``True`` if N(0, I) stands in for the prior in the next epoch.
+def stands_in(config: TrainConfig, losses: Sequence[float], steps_per_epoch: int) -> bool:
+    r"""Returns whether N(0, I) stands in for the prior in the next epoch.
+
+    It does for so many epochs, or with ``"auto"`` until the encoder :func:`is_settled`, but for no
+    more than a quarter of the epochs in which everything is trained: the prior needs the others.
 
     Arguments:
-        epochs: The number of such epochs, or ``"auto"`` until the encoder :func:`is_settled`.
+        config: The configuration.
         losses: The training losses of the epochs so far, in nats per datum.
+        steps_per_epoch: The number of steps in an epoch.
     """
-    if epochs == "auto":
-        return not any(is_settled(losses[:n]) for n in range(len(losses) + 1))
-    return len(losses) < int(epochs)
+    if config.gaussian_epochs != "auto":
+        return len(losses) < int(config.gaussian_epochs)
+    steps = config.epochs * steps_per_epoch
+    late = len(losses) * steps_per_epoch >= min(steps, config.max_steps or steps) / 4
+    return not late and not any(is_settled(losses[:n]) for n in range(len(losses) + 1))
