@@ -7,7 +7,8 @@ takes trained models whose prior is in continuous time, and trains nothing. For 
 training images it draws the bound, and its gradient by the encoder, the decoder and the prior, many
 times each: in continuous time, and from the chain of ``--steps`` steps with the same networks, from
 the same random numbers. Both are unbiased estimates, the latter of a bound that tends to the
-former. The folder ``--out`` then holds
+former. The first step of the chain, which has a density, is that in continuous time: before it, no
+network has been trained. The folder ``--out`` then holds
 
     limit.csv  a row per run and quantity: the mean of both in nats per image, their difference with
                its standard error, and the noise of the estimate in continuous time, which is the
@@ -119,7 +120,10 @@ def measure(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     images = load_data(path, args.root, not args.no_download).train[: args.num_images]
     torch.manual_seed(args.seed)
     x, elbo = preprocess(vae, images), Timestep_ELBO(k=args.k)
-    chain = VAE(vae.encoder, vae.decoder, prior.with_steps(args.steps), vae.space).eval()
+    start, first, *_, end = prior.schedule.original("times").tolist()
+    times = torch.linspace(first, end, args.steps, dtype=torch.float64)
+    few = prior.with_steps(torch.cat([times.new_tensor([start]), times]))
+    chain = VAE(vae.encoder, vae.decoder, few, vae.space).eval()
     draws = [draw(elbo, model, seeded(x, args.draws, args.seed)) for model in (vae, chain)]
     return compare(path.resolve().name, *draws)
 
