@@ -39,7 +39,7 @@ from pyro_vaediff.bench.paired import random_seeds
 from pyro_vaediff.evaluate import preprocess
 from pyro_vaediff.files import check_folder, write_atomically, write_csv
 from pyro_vaediff.infer import Timestep_ELBO
-from pyro_vaediff.sampling.solvers import check_diffusion
+from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.train.runs import load_data, load_vae
 from pyro_vaediff.vae import VAE
 
@@ -114,9 +114,12 @@ def measure(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         ValueError: If its prior is no diffusion prior in continuous time.
     """
     vae, _ = load_vae(path, args.device)
-    prior = check_diffusion(vae.prior)
-    if not prior.continuous:
-        raise ValueError(f"{path} has a prior of {prior.num_timesteps} steps: it has no limit")
+    prior = vae.prior
+    if not (isinstance(prior, DiffusionPrior) and prior.continuous):
+        raise ValueError(
+            f"{path} must have a diffusion prior in continuous time, got {type(prior).__name__}"
+            f"{f' of {prior.num_timesteps} steps' if isinstance(prior, DiffusionPrior) else ''}"
+        )
     images = load_data(path, args.root, not args.no_download).train[: args.num_images]
     torch.manual_seed(args.seed)
     x, elbo = preprocess(vae, images), Timestep_ELBO(k=args.k)
