@@ -62,8 +62,8 @@ __all__ = ["DEFAULTS", "Config", "choose_device", "main", "parse_args", "without
 # The settings that hold if none is given. They are the paper's, where it has a say.
 DEFAULTS: dict[str, dict[str, object]] = {
     "digits": {
-        "latent_dim": 16, "width": 32, "epochs": 60, "lr": 2e-3, "lr_schedule": "cosine",
-        "clip_norm": 100.0,
+        "latent_dim": 16, "width": 32, "epochs": 60, "lr": 2e-3, "lr_schedule": "inverse-sqrt",
+        "ema_share": 0.1, "k": 4, "clip_norm": 100.0,
     },
     "mnist": {
         "latent_dim": 40, "width": 32, "epochs": 50, "lr": 5e-4, "lr_schedule": "constant",
@@ -153,7 +153,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for field in dataclasses.fields(part)
         if "help" in field.metadata
     }
-    args = argparse.Namespace(**values | DEFAULTS.get(given.get("dataset", "digits"), {}) | given)
+    defaults = DEFAULTS.get(given.get("dataset", "digits"), {})
+    if "ema" in given:  # which takes the place of the other
+        defaults = defaults | {"ema_share": 0.0}
+    args = argparse.Namespace(**values | defaults | given)
     if args.out is None:
         args.out = Path("runs") / f"{args.dataset}-{args.prior}-s{args.seed}"
     config = Config.of(args)  # which checks them
