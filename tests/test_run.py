@@ -458,14 +458,33 @@ def test_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch):
 )
 def test_other_settings_cannot_resume(error_of, finished_run, options, match):
     before = (finished_run / "config.json").read_bytes()
-    assert match in error_of(finished_run, "--resume", **{"epochs": 1} | options)
+    one = {"epochs": 1, "lr-schedule": "cosine"}
+    assert match in error_of(finished_run, "--resume", **one | options)
     assert (finished_run / "config.json").read_bytes() == before
+
+
+def test_a_run_without_an_end_may_be_continued(run, tmp_path):
+    run(tmp_path / "run", epochs=1)  # the default on the digits
+    run(tmp_path / "run", "--resume", epochs=2)
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_an_average_takes_the_place_of_the_other(run, tmp_path):
+    for name, options, found in (
+        ("own", {"ema": 0.5}, (0.5, 0.0)),
+        ("default", {}, (0.0, 0.1)),
+    ):
+        run(tmp_path / name, epochs=1, **options)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["ema"], config["ema_share"]) == found
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     options = TINY | {"device": "cpu", "batch-size": 20, "epochs": 1, "features": "none"}
+    options |= {"lr-schedule": "cosine"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(RUN), "--quiet", *words, "--out", str(out)])
