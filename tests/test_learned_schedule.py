@@ -9,9 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from errors import one_line_value_error
+from torch import nn
 
-from pyro_vaediff import DiffusionPrior, Timestep_ELBO
-from pyro_vaediff.infer import elbo_terms
+from pyro_vaediff import DiffusionPrior, Timestep_ELBO, TraceKL_ELBO
+from pyro_vaediff.evaluate import chain_log_prob
+from pyro_vaediff.infer import elbo_terms, variance_kl
 from pyro_vaediff.nn import ResidualMLP
 from pyro_vaediff.sampling import ProbabilityFlow, ddim, sample, trajectory
 from pyro_vaediff.schedules import LearnedSchedule, MonotoneLogSNR
@@ -286,3 +288,29 @@ def test_what_is_refused():
         DiffusionPrior(2, 1000, LearnedSchedule())
     with one_line_value_error("the ends of a learned schedule are its own"):
         LearnedSchedule().starting_at(4.0)
+
+
+@pytest.mark.parametrize("shape", [2, (2, 1, 2)], ids=str)
+def test_a_chain_on_paths_per_dimension_has_one_bound(device, shape):
+    # With the part of the KLs that is a constant, or with every KL as it is.
+    torch.manual_seed(0)
+    net = ResidualMLP(shape, width=8)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    schedule = LearnedSchedule((2,) if shape == 2 else (2, 1, 1))
+    for parameter in schedule.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    prior = DiffusionPrior(shape, None, schedule, net)
+    chain = prior.double().to(device).with_steps(6)
+    z_0 = torch.randn(1, *chain.event_shape, dtype=torch.float64, device=device)
+    z_0 = z_0.expand(20_000, *chain.event_shape)
+    draws = [
+        chain_log_prob(chain, z_0, elbo)
+        for elbo in (Timestep_ELBO("all"), Timestep_ELBO(k=8), TraceKL_ELBO())
+    ]
+    means = [draw.mean() for draw in draws]
+    errors = [draw.std() / len(draw) ** 0.5 for draw in draws]
+    constant = chain.latent_dim * variance_kl(chain).sum()
+    for i in (0, 1):
+        error = (errors[i].square() + errors[2].square()).sqrt()
+        assert abs(means[i] - means[2]) < 5 * error < constant / 4

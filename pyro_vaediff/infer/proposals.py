@@ -239,7 +239,7 @@ class LossAwareTimesteps(Proposal):
 
 def variance_kl(prior: DiffusionPrior) -> Tensor:
     r"""Returns the part of :math:`\mathrm{KL}(q(z_{t-1}|z_t, z_0) \,\|\, p(z_{t-1}|z_t))` that is
-    due to the variances, per dimension and for a fixed :math:`\sigma_t^2`.
+    due to the variances, for a fixed :math:`\sigma_t^2` and in the mean over dimensions.
 
     .. math:: \frac{1}{2} \left( \frac{\tilde\beta_t}{\sigma_t^2} - 1 - \log
         \frac{\tilde\beta_t}{\sigma_t^2} \right)
@@ -253,7 +253,12 @@ def variance_kl(prior: DiffusionPrior) -> Tensor:
     sigmas = prior.denoiser.kernel.original("sigmas")
     ratio = prior.schedule.original("betas_tilde") / sigmas.square()
     ratio[:2] = 1.0  # no steps
-    return (ratio - 1 - ratio.log()) / 2
+    return mean_over_dimensions((ratio - 1 - ratio.log()) / 2)
+
+
+def mean_over_dimensions(table: Tensor) -> Tensor:
+    r"""Returns the entries of times, in the mean over dimensions that have paths of their own."""
+    return table.reshape(len(table), -1).mean(1)
 
 
 def typical_kl(prior: DiffusionPrior, scale: float) -> Tensor:
@@ -279,10 +284,9 @@ def typical_kl(prior: DiffusionPrior, scale: float) -> Tensor:
     if scale > 0:
         rho = ratio * original("betas") / sigma.square()
         kl = kl + (rho - 1 - rho.log()) / 2
-    elif not prior.denoiser.variance.fixed:
-        kl = kl + variance_kl(prior)
+    kl = mean_over_dimensions(kl)
     kl[0] = 0.0
-    return kl.reshape(len(kl), -1).mean(1)
+    return kl if scale > 0 or prior.denoiser.variance.fixed else kl + variance_kl(prior)
 
 
 PROPOSALS: dict[str, type[Proposal]] = {
