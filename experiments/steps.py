@@ -56,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     grids = ["time", "log-snr"]
     add("--grids", nargs="+", default=grids, help=f"of {', '.join(GRIDS)} ({' '.join(grids)})")
     add("--fine-tune", type=int, default=0, metavar="N", help="epochs with few steps (0)")
+    add("--num-fit", type=int, default=1000, help="training images of variances (%(default)s)")
     add("--num-images", type=int, default=1000, help="test images of bounds (%(default)s)")
     add("--num-samples", type=int, default=10_000, help="images of distances (%(default)s)")
     add("--features", default="auto", help=f"of distances: {', '.join(EXTRACTORS)} (%(default)s)")
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=folder, default=Path("runs/steps"), help="folder (%(default)s)")
     args = parser.parse_args(argv)
     check_seed(args.seed, "--seed")
-    for name in ("num_images", "num_samples", "steps", "evaluations"):
+    for name in ("num_fit", "num_images", "num_samples", "steps", "evaluations"):
         values, least = getattr(args, name), 2 if name == "num_samples" else 1
         for value in values if isinstance(values, list) else [values]:
             check_whole(f"--{name.replace('_', '-')}", value, least=least)
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     studies = [Study(path, args) for path in args.runs]
     if len({study.name for study in studies}) < len(studies):
         raise ValueError("runs must have different names, as their tables do: use several --out")
-    names = ("num_images", "num_samples", "features", "fine_tune", "seed")
+    names = ("num_fit", "num_images", "num_samples", "features", "fine_tune", "seed")
     check_settings(args.out / "settings.json", {name: getattr(args, name) for name in names})
     for study in studies:
         study.run()

@@ -115,7 +115,7 @@ def test_what_a_study_refuses(out, device_name, tmp_path, monkeypatch, capsys):
     assert "tiny.csv is damaged, mend or remove it: no number in" in error(*options)
     (tmp_path / "tiny.csv").unlink()
     (tmp_path / "settings.json").write_text('{"seed": 0}')
-    assert "was run with other settings, now there is num_images=30 in" in error(*options)
+    assert "was run with other settings, now there is num_fit=1000 in" in error(*options)
 
 
 def test_a_study_of_a_model_that_is_given_labels(device_name, device, tmp_path, numbers):

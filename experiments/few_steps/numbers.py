@@ -46,7 +46,6 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("budget", "steps", "evaluations"), int),
     **dict.fromkeys(("value", "seconds"), float),
 }
-NUM_FIT = 1000  # training images whose latents a variance may be fitted to
 
 
 # What a prior can be made of latents of training images, beside what it is.
@@ -111,7 +110,7 @@ class Study:
     def bounds(self) -> Iterator[Job]:
         r"""Yields what is to be known of bounds, and functions that compute it."""
         torch.manual_seed(self.args.seed)
-        x, c = self.part("train", NUM_FIT)
+        x, c = self.part("train", self.args.num_fit)
         x = preprocess(self.vae, x)
         c = None if c is None else c.to(x)
         with torch.no_grad():
