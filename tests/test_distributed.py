@@ -298,7 +298,8 @@ def test_the_validation_loss_is_the_mean_over_all_images(straight):
     loss = 0.0
     for rank, part in enumerate(DATA.validation.tensor_split(2)):  # of 6 and 5 images
         seed = distributed.fold_seed(0, rank)
-        terms = evaluate(trainer.current(), part, value_elbo(), seed=seed)
+        elbo = value_elbo(trainer.config.validate_k)
+        terms = evaluate(trainer.current(), part, elbo, seed=seed)
         loss += len(part) * sum(terms.values()) / 11
     assert first["history"][-1]["validation"] == pytest.approx(loss, rel=1e-6)
 

@@ -169,7 +169,7 @@ def test_patience_waits_for_a_validation(monkeypatch):
 
 @pytest.mark.parametrize("budget", [{"max_steps": 10}, {"max_seconds": 50.0}], ids=str)
 def test_the_last_epoch_is_validated_whichever_budget_ends_it(monkeypatch, budget):
-    run = trainer(options={"epochs": 99, "validate_every": 50} | budget)
+    run = trainer(options={"epochs": 99, "validate_every": 50, "validate_k": 32} | budget)
     if "max_seconds" in budget:  # over in the third epoch
         monkeypatch.setattr(run, "is_late", lambda seconds: run.steps >= 10)
     run.fit(progress=False)
