@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vaediff.diffusion import Start, gaussian_moments
 from pyro_vaediff.infer import CollapseChain, ImportanceTimesteps, Timestep_ELBO, Timesteps
 from pyro_vaediff.infer.collapse import PLATE, nuisance
+from pyro_vaediff.infer.step_kls import mean_over_dimensions
 from pyro_vaediff.priors import DiffusionPrior
 from pyro_vaediff.schedules import Tables
 
@@ -49,8 +50,7 @@ def posterior_kl(prior: DiffusionPrior, start: Start) -> Tensor:
     )
 
     def table(tables: Tables, name: str) -> Tensor:
-        original = tables.original_on(name, m.device)
-        return original.reshape(len(original), -1).mean(1)
+        return mean_over_dimensions(tables.original_on(name, m.device))
 
     schedule, kernel = prior.schedule, prior.denoiser.kernel
     alpha_bar = table(schedule, "alphas_cumprod")

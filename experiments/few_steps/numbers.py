@@ -136,15 +136,15 @@ class Study:
         trainer = Trainer(
             vae, self.data, Timestep_ELBO(), config, self.args.device, labels=bool(self.num_classes)
         )
-        return self.bound(check_diffusion(trainer.fit(progress=False).prior))
+        return self.bound(check_diffusion(trainer.fit(progress=False).prior), times)
 
-    def bound(self, prior: DiffusionPrior, times: Tensor | None = None) -> float:
-        r"""Returns the negative ELBO of test images, with other steps if there are any, in nats."""
+    def bound(self, prior: DiffusionPrior, times: Tensor) -> float:
+        r"""Returns the negative ELBO of test images with other steps, in nats per image."""
         x, c = self.part("test", self.args.num_images)
         batches = x.split(100)
         contexts = [None] * len(batches) if c is None else c.split(100)
         try:
-            self.vae.prior = prior if times is None else prior.with_steps(times)
+            self.vae.prior = prior.with_steps(times)
             # A seed per batch gives all chains the same z_0.
             sums = [
                 len(x) * sum(evaluate(self.vae, x, c=c, seed=self.args.seed + i).values())

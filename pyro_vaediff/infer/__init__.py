@@ -22,8 +22,6 @@ from .proposals import (
     Proposal,
     Timesteps,
     UniformTimesteps,
-    typical_kl,
-    variance_kl,
 )
 from .quasi_random import QuasiRandom
 from .reweighted import REWEIGHTINGS, Reweighted
@@ -35,6 +33,7 @@ from .score_and_path import (
     StickingTheLanding,
     log_mean_exp,
 )
+from .step_kls import typical_kl, variance_kl
 from .terms import Estimator, differentiable_terms, elbo_terms
 from .timestep_elbo import Timestep_ELBO
 from .trace_kl_elbo import Term, TermsELBO, TraceKL_ELBO

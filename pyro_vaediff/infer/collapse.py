@@ -17,7 +17,8 @@ from ..diffusion import Start, normal, q_marginal, q_noise, q_reverse, q_reverse
 from ..priors import DiffusionPrior, SiteInfer
 from ..register import register
 from ..schedules import at_time
-from .proposals import Proposal, Timesteps, cell, variance_kl
+from .proposals import Proposal, Timesteps, cell
+from .step_kls import variance_kl
 
 __all__ = ["PLATE", "CollapseChain"]
 

@@ -259,9 +259,8 @@ class Trainer(SavedRun):
     @contextmanager
     def phase(self) -> Iterator[pyro.infer.SVI]:
         r"""Yields the SVI of an epoch, with its networks in train mode and the others frozen."""
-        done = len(self.history)
         self.vae.train()
-        if done < self.config.epochs:
+        if len(self.history) < self.config.epochs:
             losses = [record["train"] for record in self.history]
             first = stands_in(self.config, losses, self.steps_per_epoch)
             yield self.gaussian_svi if first else self.svi

@@ -154,8 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if "help" in field.metadata
     }
     defaults = DEFAULTS.get(given.get("dataset", "digits"), {})
-    if "ema" in given:  # which takes the place of the other
-        defaults = defaults | {"ema_share": 0.0}
+    defaults = defaults | ({"ema_share": 0.0} if "ema" in given else {})  # one, not both
     args = argparse.Namespace(**values | defaults | given)
     if args.out is None:
         args.out = Path("runs") / f"{args.dataset}-{args.prior}-s{args.seed}"
